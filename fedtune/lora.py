@@ -1,0 +1,120 @@
+"""LoRA algebra on factors. No d x k matrix is built here, save where a weight of that size is being changed.
+
+Notation: a pair stands for M = s B A with B (d, r), A (r, k). Sums are taken in float64 and returned in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from fedtune.adapter import Factors
+
+FLOAT32_NOISE = 2.0**-24  # relative to the largest singular value
+
+
+def stack(pairs: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """The pair whose product is exactly `sum_i weights[i] * s_i B_i A_i`; its rank is the sum of the ranks.
+
+    FLoRA (Wang et al. 2024, arXiv 2409.05976, eq. 3): B side by side, A one above the other. Weight and scale stand on A
+    alone, so the scale of the result is 1.
+    """
+    if not pairs:
+        raise ValueError("stack: no pairs were given, at least one is wanted")
+    A = torch.cat([w * p.scale * p.A.double() for p, w in zip(pairs, weights, strict=True)])  # (R, k)
+    B = torch.cat([p.B.double() for p in pairs], dim=1)  # (d, R)
+    return Factors(A, B, 1.0)
+
+
+def product_norm(pair: Factors) -> float:
+    """Frobenius norm of s B A, from `tr((B^T B)(A A^T))`: O((d + k) r^2)."""
+    A, B = pair.A.double(), pair.B.double()
+    squared = ((B.T @ B) * (A @ A.T)).sum().item()
+    return abs(pair.scale) * math.sqrt(max(squared, 0.0))
+
+
+def svd(pair: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """U (d, q), S (q,), V^T (q, k) of s B A with q = min(r, d, k), in float64: two thin QR and one r x r SVD."""
+    Qb, Rb = torch.linalg.qr(pair.B.double())  # (d, q1), (q1, r)
+    Qa, Ra = torch.linalg.qr(pair.A.double().T)  # (k, q2), (q2, r)
+    U, S, Vt = torch.linalg.svd(pair.scale * Rb @ Ra.T, full_matrices=False)
+    signs = torch.sign(largest_entries(Vt := Vt @ Qa.T))  # an SVD leaves signs open: fix them
+    return (Qb @ U) * signs, S, Vt * signs[:, None]
+
+
+def largest_entries(rows: Tensor) -> Tensor:
+    """Of each row its entry of largest magnitude: (q, k) -> (q,)."""
+    return rows.gather(1, rows.abs().argmax(dim=1, keepdim=True)).squeeze(1)
+
+
+def refactor(pair: Factors, rank: int, row_norm: float | None = None) -> tuple[Factors, float]:
+    """The best pair of at most `rank` for the same product, most important direction first, and the share of the
+    squared norm that was discarded. Directions that float32 cannot tell from zero are left out, save the first.
+
+    The singular values are split evenly (`B = U sqrt(S)`, `A = sqrt(S) V^T`), or, with `row_norm`, all stand in B and
+    each row of A has that norm. The scale of the result is 1.
+    """
+    U, S, Vt = svd(pair)
+    kept = min(rank, max(1, int((S[0] * FLOAT32_NOISE < S).sum())))
+    energy, S = S.square(), S[:kept]
+    total = energy.sum().item()
+    discarded = energy[kept:].sum().item() / total if total > 0 else 0.0
+    on_a = S.sqrt() if row_norm is None else torch.full_like(S, row_norm)
+    on_b = S.sqrt() if row_norm is None else S / row_norm
+    return Factors((on_a[:, None] * Vt[:kept]).float(), (U[:, :kept] * on_b).float(), 1.0), discarded
+
+
+def compact(pair: Factors) -> Factors:
+    """The same product, in float64, with at most min(d, k) directions."""
+    U, S, Vt = svd(pair)
+    return Factors(S[:, None] * Vt, U, 1.0)
+
+
+def first(pair: Factors, rank: int) -> Factors:
+    """The leading `rank` directions of a pair: A[:rank], B[:, :rank]."""
+    return Factors(pair.A[:rank], pair.B[:, :rank], pair.scale)
+
+
+def rest(pair: Factors, rank: int) -> Factors:
+    """What `first` leaves: `first(p, r)` and `rest(p, r)` add up to p."""
+    return Factors(pair.A[rank:], pair.B[:, rank:], pair.scale)
+
+
+def with_scale(pair: Factors, scale: float) -> Factors:
+    """The same product with another scale; B carries the difference."""
+    return Factors(pair.A, pair.B * (pair.scale / scale), scale)
+
+
+def padded(pair: Factors, rank: int) -> Factors:
+    """The same product with zero rows and columns up to `rank`."""
+    missing = rank - pair.rank
+    A = torch.cat([pair.A, pair.A.new_zeros(missing, pair.A.shape[1])])
+    B = torch.cat([pair.B, pair.B.new_zeros(pair.B.shape[0], missing)], dim=1)
+    return Factors(A, B, pair.scale)
+
+
+def residual(pairs: Sequence[Factors], weights: Sequence[float], published: Factors) -> Factors:
+    """The pair whose product is `sum_i weights[i] s_i B_i A_i - s B A`: what publishing (A, B, s) leaves out."""
+    return stack([*pairs, published], [*weights, -1.0])
+
+
+def mean_error(pairs: Sequence[Factors], weights: Sequence[float], published: Factors) -> float:
+    """Norm of the residual over the norm of the exact weighted mean; 0 where both vanish."""
+    wanted = product_norm(stack(pairs, weights))
+    missed = product_norm(residual(pairs, weights, published))
+    return missed / wanted if wanted > 0 else missed
+
+
+def merged(weight: Tensor, pairs: Iterable[Factors], transposed: bool = False) -> Tensor:
+    """`weight` (d, k) plus the products, added in float32 and rounded once to the weight's own dtype.
+
+    `transposed` is for layers that store their weight as (k, d), such as GPT-2's Conv1D.
+    """
+    total = weight.float()
+    for pair in pairs:
+        delta = pair.scale * pair.B.float() @ pair.A.float()  # (d, k)
+        total = total + (delta.T if transposed else delta).to(total.device)
+    return total.to(weight.dtype)

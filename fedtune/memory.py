@@ -1,0 +1,42 @@
+"""What a client keeps between rounds: control variates, error feedback. Never sent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class Memory(MutableMapping[str, Tensor]):
+    """Named tensors. In simulation they live as long as the run; on a node they are saved after each answer."""
+
+    def __init__(self, tensors: dict[str, Tensor] | None = None) -> None:
+        self._tensors = dict(tensors or {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        self._tensors[name] = tensor.detach().cpu().clone()
+
+    def __delitem__(self, name: str) -> None:
+        del self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def save(self, path: Path) -> None:
+        """Atomic: a crash leaves the old file or the new one."""
+        temporary = path.with_suffix(".tmp")
+        save_file(self._tensors, temporary)
+        os.replace(temporary, path)
+
+    @classmethod
+    def open(cls, path: Path) -> Memory:
+        return cls(load_file(path) if path.exists() else {})

@@ -1,0 +1,86 @@
+"""From a name in the job file to a Strategy: a built-in or installed name, `package.module:Class`, or `file.py:Class`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from fedtune.errors import StrategyError, nearest
+from fedtune.strategy import Strategy
+
+GROUP = "fedtune.strategies"
+# The same lines stand in pyproject.toml as entry points; here they serve a checkout that was not installed.
+BUILT_IN = {
+    "fedavg": "strategies.fedavg:FedAvg",
+    "ffa_lora": "strategies.ffa_lora:FfaLora",
+    "flora": "strategies.flora:FLoRA",
+}
+
+
+def known() -> dict[str, str]:
+    """Every name that a job may use, with the `module:Class` behind it."""
+    installed = {point.name: point.value for point in entry_points(group=GROUP)}
+    return dict(sorted({**installed, **BUILT_IN}.items()))
+
+
+def strategy_class(name: str) -> type[Strategy]:
+    """Raises StrategyError, with what would have been right."""
+    reference = known().get(name, name)
+    module, _, attribute = reference.rpartition(":")
+    if not module:
+        names = ", ".join(known())
+        raise StrategyError(f"unknown strategy '{name}'{nearest(name, known())}; known are {names}, or 'file.py:Class'")
+    found = getattr(_module(module, name), attribute, None)
+    if not (isinstance(found, type) and issubclass(found, Strategy)):
+        raise StrategyError(f"'{name}' was given, but '{attribute}' in it is no subclass of fedtune.strategy.Strategy")
+    return found
+
+
+def strategy_from(name: str, settings: Mapping[str, Any]) -> Strategy:
+    """The strategy with its settings, each checked against the type of its field."""
+    cls = strategy_class(name)
+    if not is_dataclass(cls):
+        raise StrategyError(f"strategy '{name}' must be a dataclass: put @dataclass(frozen=True) above class {cls.__name__}")
+    known_settings = [f.name for f in fields(cls) if f.init]
+    for key in settings:
+        if key not in known_settings:
+            has = f"its settings are {', '.join(known_settings)}" if known_settings else "it has no settings"
+            raise StrategyError(f"strategy '{name}' has no setting '{key}'{nearest(key, known_settings)}; {has}")
+    try:
+        return TypeAdapter(cls).validate_python(dict(settings))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise StrategyError(f"strategy '{name}', setting '{where}': {first['msg']}, given {first['input']!r}") from error
+
+
+def _module(reference: str, name: str) -> ModuleType:
+    is_file = reference.endswith(".py") or "/" in reference
+    try:
+        return _module_of_file(Path(reference)) if is_file else importlib.import_module(reference)
+    except (ImportError, FileNotFoundError) as error:
+        raise StrategyError(
+            f"strategy '{name}' cannot be loaded: {error}; wanted 'file.py:Class' or 'package.module:Class'"
+        ) from error
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    path = path.with_suffix(".py").expanduser().resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(f"fedtune_plugin_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,1 @@
+"""The coordinator: the round loop, the gate, the spool and the run folder."""

@@ -1,0 +1,80 @@
+"""What is reported of a round: the lines of `metrics.jsonl`, the rows of the live table, the points of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from fedtune.job import Job
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """One client in one round. Bytes are tensors and header, both of training and evaluation."""
+
+    bytes_down: int = 0  # coordinator to client
+    bytes_up: int = 0
+    seconds: float = 0.0  # of work, as the client measured it
+    examples: float = 0.0  # trained on in this round
+    train_loss: float | None = None  # mean over its local steps
+    loss: float | None = None  # of the published adapter on its held-out examples, nats per token
+    failed: str | None = None  # the reason, where it did not answer or was refused
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round; round 0 is the base model before any training."""
+
+    round: int
+    loss: float | None = None  # held-out loss over all clients that evaluated, weighted by tokens
+    metrics: Mapping[str, float] = field(default_factory=dict)  # perplexity, token_accuracy, and the method's own
+    seconds: float = 0.0
+    clients: Mapping[str, ClientRecord] = field(default_factory=dict)
+
+    @property
+    def bytes_down(self) -> int:
+        return sum(client.bytes_down for client in self.clients.values())
+
+    @property
+    def bytes_up(self) -> int:
+        return sum(client.bytes_up for client in self.clients.values())
+
+    @property
+    def answered(self) -> int:
+        return sum(client.failed is None for client in self.clients.values())
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any]) -> RoundRecord:
+        return cls(**{**given, "clients": {id: ClientRecord(**client) for id, client in given["clients"].items()}})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Held-out losses on everybody's held-out examples, weighted by tokens, after the same number of examples."""
+
+    base: float  # the base model, untrained
+    alone: Mapping[str, float]  # client id -> its own adapter, trained on its own examples, on everybody's
+    federated: float
+    central: float  # one adapter, trained on the pooled examples
+    seconds: Mapping[str, float] = field(default_factory=dict)  # base, alone, federated, central
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Watcher(Protocol):
+    """Somebody who looks at a run while it goes on."""
+
+    def started(self, job: Job, clients: Mapping[str, int]) -> None:
+        """The clients are known: id -> training examples."""
+
+    def doing(self, what: str, done: int, total: int) -> None:
+        """Within a round or a comparison: 'training', 3 of 8 clients."""
+
+    def round_ended(self, record: RoundRecord) -> None: ...
+
+    def compared(self, comparison: Comparison) -> None: ...

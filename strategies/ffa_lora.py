@@ -1,0 +1,65 @@
+"""FFA-LoRA (Sun et al., ICLR 2024, arXiv 2403.12313): A is drawn once and frozen, only B trains and travels.
+
+    sum_i p_i s B_i A_0 = s (sum_i p_i B_i) A_0          the mean is exact, and noise on B stays linear
+
+A_0 never travels: both sides draw it from `seed`, the same bits everywhere (fedtune.seeds). It likes a learning rate 2
+to 10 times that of LoRA. Scales are the server's, so clients cannot disagree on alpha.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import Tensor
+
+from fedtune.adapter import Adapter, Factors
+from fedtune.memory import Memory
+from fedtune.payload import Payload, Role, adapter_of, payload_of
+from fedtune.seeds import lora_a
+from fedtune.strategy import Answer, Answers, Ask, ClientInfo, LocalModel, ServerState, Strategy, require_one_rank
+
+SENT = (Role.B, Role.DENSE)
+
+
+@dataclass(frozen=True)
+class FfaLora(Strategy):
+    """FFA-LoRA: A frozen from a shared seed, B averaged (exact). Needs one rank for all clients."""
+
+    name: ClassVar[str] = "ffa_lora"
+    seed: int = 0  # of A_0
+
+    def check(self, clients: Sequence[ClientInfo]) -> None:
+        require_one_rank(self, clients)
+
+    def start(self, adapter: Adapter) -> ServerState:
+        lora = {path: replace(pair, A=self.frozen_a(path, pair.B, pair.shape[1])) for path, pair in adapter.lora.items()}
+        return ServerState(replace(adapter, lora=lora))
+
+    def frozen_a(self, path: str, B: Tensor, k: int) -> Tensor:
+        """A_0 of a module, (r, k)."""
+        return lora_a(self.seed, path, B.shape[1], k)
+
+    def round(self, state: ServerState, cohort: Sequence[ClientInfo]) -> Generator[Ask, Answers, ServerState]:
+        answers = yield Ask("train", self.broadcast(state))
+        return replace(state, adapter=adapter_of(answers.mean(), like=state.adapter))
+
+    def answer(self, ask: Ask, local: LocalModel, memory: Memory) -> Answer:
+        local.load(self.received(ask.payload), frozen=("A",))
+        metrics = local.fit()
+        return Answer(payload_of(local.adapter(), SENT), local.examples, metrics)
+
+    def broadcast(self, state: ServerState) -> Payload:
+        payload = payload_of(state.adapter, SENT)
+        widths = {f"{path}.k": float(pair.shape[1]) for path, pair in state.adapter.lora.items()}
+        return replace(payload, scalars={**payload.scalars, **widths})
+
+    def received(self, payload: Payload) -> Adapter:
+        lora = {}
+        for name, B in payload.tensors.items():
+            if payload.roles[name] is Role.B:
+                path = name.removesuffix(f".{Role.B}")
+                A = self.frozen_a(path, B, int(payload.scalars[f"{path}.k"]))
+                lora[path] = Factors(A, B, payload.scalars[f"{path}.scale"])
+        return adapter_of(payload, like=Adapter(lora))
