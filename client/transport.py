@@ -1,0 +1,83 @@
+"""Envelopes between relay and trainer: gRPC on a unix socket. No torch here, the relay starts anew for every message."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from client import trainer_pb2, trainer_pb2_grpc
+from fedtune.envelope import WIRE_VERSION, Envelope, WireTensor
+from fedtune.errors import ClientFailed, MalformedMessage, UserError
+
+# The most that one protobuf message can be; Flower has the same limit.
+LARGEST = 2**31 - 1
+OPTIONS = (
+    ("grpc.max_send_message_length", LARGEST),
+    ("grpc.max_receive_message_length", LARGEST),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+)
+# Seconds to wait for a trainer that may be on its way up.
+PATIENCE = 10.0
+# The parts of an ask that would only make its answer larger.
+ONLY_IN_ASKS = ("job", "roles", "scalars")
+
+
+def to_proto(envelope: Envelope) -> trainer_pb2.Envelope:
+    tensors = (
+        trainer_pb2.Tensor(name=t.name, dtype=t.dtype, shape=t.shape, stype=t.stype, data=t.data) for t in envelope.tensors
+    )
+    return trainer_pb2.Envelope(header_json=envelope.header_json(), tensors=tensors)
+
+
+def from_proto(message: trainer_pb2.Envelope) -> Envelope:
+    """Raises MalformedMessage when the header is no JSON object."""
+    try:
+        header = json.loads(message.header_json)
+    except ValueError as error:
+        raise MalformedMessage(f"a message came whose header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise MalformedMessage(f"a header must be a JSON object, given {type(header).__name__}")
+    tensors = (WireTensor(t.name, t.dtype, tuple(t.shape), t.stype, t.data) for t in message.tensors)
+    return Envelope(header, tuple(tensors))
+
+
+def failure(reason: str, asked: Mapping[str, Any]) -> Envelope:
+    """What `fedtune.wire.pack_failure` makes, without torch: the reason, and what tells the coordinator which ask it was."""
+    repeated = {key: value for key, value in asked.items() if key not in ONLY_IN_ASKS}
+    return Envelope({**repeated, "failed": reason, "version": WIRE_VERSION, "roles": {}, "scalars": {}})
+
+
+def carry(ask: Envelope, socket: Path, patience: float | None = None) -> Envelope:
+    """Bring an ask to the trainer and its answer back, however long it works.
+
+    Raises ClientFailed when no trainer takes it within `patience` seconds, or when it dies at work.
+    """
+    with grpc.insecure_channel(f"unix:{checked(socket)}", options=OPTIONS) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=PATIENCE if patience is None else patience)
+        except grpc.FutureTimeoutError as error:
+            raise ClientFailed(
+                f"no trainer answers on {socket}; start it on this node: "
+                f"python -m client.trainer_main --client NAME --socket {socket}"
+            ) from error
+        try:
+            return from_proto(trainer_pb2_grpc.TrainerStub(channel).Answer(to_proto(ask)))
+        except grpc.RpcError as error:
+            raise ClientFailed(
+                f"the trainer on {socket} was lost while it worked ({error.code().name}); see its log"
+            ) from error
+
+
+def checked(socket: Path) -> Path:
+    """The kernel takes 107 bytes at most, and a relative path would mean another place to each process."""
+    socket = Path(socket).absolute()
+    if len(str(socket).encode()) > 107:
+        raise UserError(
+            f"the socket's path has {len(str(socket).encode())} bytes, wanted at most 107, such as /run/t.sock: {socket}"
+        )
+    return socket

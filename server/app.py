@@ -1,0 +1,42 @@
+"""Flower's ServerApp: reads the job from the run's config, waits for its clients and runs the rounds."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedtune.errors import JobError, RoundFailed
+from fedtune.job import Job, checked_job
+from server.coordinator import run_job
+from server.watchers import Quiet
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Who started the run looks on through `metrics.jsonl` in its folder. What this raises ends the Flower run as failed, with the message as its details."""
+    job = job_of(str(context.run_config["job"]))
+    wait_for_clients(grid, job.clients.count or 1, job.rounds.timeout)
+    run_job(job, grid, Path(str(context.run_config["folder"])), Quiet())
+
+
+def job_of(text: str) -> Job:
+    try:
+        return checked_job(json.loads(text), "the run's config")
+    except ValueError as error:
+        raise JobError(f"the run's config 'job' is not JSON, given {text[:40]!r}: start the run with fedtune") from error
+
+
+def wait_for_clients(grid: Grid, wanted: int, timeout: float) -> None:
+    """Polls with waits that grow from 50 ms to half a second. Raises RoundFailed after `timeout` seconds."""
+    deadline, wait = time.monotonic() + timeout, 0.05
+    while (connected := len(list(grid.get_node_ids()))) < wanted:
+        if time.monotonic() > deadline:
+            raise RoundFailed(f"{connected} of {wanted} clients connected within {timeout:.0f} s (rounds.timeout)")
+        time.sleep(wait)
+        wait = min(2 * wait, 0.5)
