@@ -1,0 +1,66 @@
+"""One Flower run: submitted with `flwr run`, followed to its end, and its status read, for `flwr run` exits 0 on failure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import tomli_w
+
+from fedtune.errors import FedtuneError, RoundFailed
+from fedtune.job import Job
+from server.bundle import make_bundle
+from server.records import RoundRecord, Watcher
+from simulations.flower_processes import CONNECTION, POLL, FlowerProcesses
+
+COMPLETED = "finished:completed"
+
+
+def run_through(flower: FlowerProcesses, job: Job, folder: Path, clientapp: str, watcher: Watcher, *options: str) -> None:
+    """The job on the SuperLink that `flower` has started. Raises RoundFailed with Flower's reason when it failed."""
+    bundle = make_bundle(flower.folder / "bundle", "server.app:app", clientapp)
+    config = flower.folder / "run.toml"
+    config.write_text(tomli_w.dumps({"job": job.model_dump_json(), "folder": str(folder.absolute())}), encoding="utf-8")
+    command = ["flwr", "run", str(bundle), CONNECTION, "--stream", "--run-config", str(config), *options]
+    submitted = flower.start("run", command)
+    progress = Progress(folder / "metrics.jsonl", watcher)
+    while submitted.poll() is None:
+        flower.check()
+        progress.show()
+        time.sleep(POLL)
+    status, details = outcome(flower)
+    progress.show()
+    if status != COMPLETED:
+        raise RoundFailed(f"the run through Flower ended as {status}: {details or flower.log('run').read_text()[-2000:]}")
+
+
+def outcome(flower: FlowerProcesses) -> tuple[str, str]:
+    """Status and details of the only run of this SuperLink."""
+    command = ["flwr", "list", CONNECTION, "--format", "json"]
+    listed = subprocess.run(command, env=flower.environment, cwd=flower.folder, capture_output=True, text=True, check=False)
+    try:
+        run = json.loads(listed.stdout)["runs"][0]
+    except (ValueError, LookupError) as error:
+        said = flower.log("run").read_text()[-2000:]
+        raise FedtuneError(f"Flower took no run: {said}{listed.stdout[-500:]}{listed.stderr[-500:]}") from error
+    return str(run["status"]), str(run["status-details"] or "")
+
+
+class Progress:
+    """Tells a watcher of each round as its line appears in `metrics.jsonl`."""
+
+    def __init__(self, metrics: Path, watcher: Watcher) -> None:
+        self._metrics, self._watcher, self._read = metrics, watcher, 0
+
+    def show(self) -> None:
+        if not self._metrics.exists():
+            return
+        with self._metrics.open("rb") as file:
+            file.seek(self._read)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return  # still being written
+                self._read += len(line)
+                self._watcher.round_ended(RoundRecord.from_json(json.loads(line)))
