@@ -68,7 +68,7 @@ def _span(messages: Messages, turn: int, whole: str, tokenizer: Any, where: str)
     answered = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
     if not answered.startswith(prompt) or not whole.startswith(answered):
         raise DataError(
-            f"{where}: the chat template renders the turns before message {turn + 1} otherwise once it follows, so the "
-            f"assistant's tokens cannot be told; put {{% generation %}} into the template, or give one turn per row"
+            f"{where}: the chat template renders the conversation up to message {turn + 1} otherwise once more follows, so "
+            f"the assistant's tokens cannot be told; put {{% generation %}} into the template, or give one turn per row"
         )
     return len(prompt), len(answered)

@@ -44,7 +44,7 @@ class ClientData:
     """What one client trains on, and what it only evaluates."""
 
     train: tuple[Example, ...] | tuple[Labelled, ...]
-    held_out: tuple[Example, ...] | tuple[Labelled, ...]
+    held_out: tuple[Example, ...] | tuple[Labelled, ...] = ()
 
 
 def single(ids: Sequence[int], learnt: Sequence[bool]) -> Example:

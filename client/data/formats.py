@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from client.data import chat
@@ -25,7 +26,7 @@ class Encoder:
         """The tokens of the text and nothing else."""
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    @property
+    @cached_property
     def start(self) -> list[int]:
         """What the tokenizer puts before every text: its <bos>, or nothing."""
         bos = self.tokenizer.bos_token_id

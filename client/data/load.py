@@ -37,10 +37,8 @@ def load_client(
             f"mend the rows, or type --set data.max_length={2 * data.max_length}"
         )
     held_out = _held_out(source, {number: rows[number] for number in kept}, data.held_out, seed)
-    train, test = (
-        [one for number in kept if (number in held_out) == is_held_out for one in encoded[number]]
-        for is_held_out in (False, True)
-    )
+    train: list[Any] = [one for number in kept if number not in held_out for one in encoded[number]]
+    test: list[Any] = [one for number in kept if number in held_out for one in encoded[number]]
     if task == "causal" and data.packing:
         train, test = pack(train, data.max_length), pack(test, data.max_length)
     return ClientData(tuple(train), tuple(_spaced(test, data.max_held_out)))

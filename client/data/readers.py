@@ -64,7 +64,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 def _object(path: Path, number: int, line: str) -> Row:
     wanted = 'wanted one JSON object per line, such as {"text": "…"}'
     try:
-        row = json.loads(line)
+        row = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}); {wanted}") from error
     if not isinstance(row, dict):
@@ -101,7 +101,7 @@ def _csv(path: Path) -> Iterator[Row]:
                     )
                 yield row
         except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
+            raise DataError(f"{path}: the row that begins on line {reader.line_num + 1} is not CSV ({error})") from error
 
 
 def _parquet(path: Path) -> Iterator[Row]:
