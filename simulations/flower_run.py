@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -37,15 +38,18 @@ def run_through(flower: FlowerProcesses, job: Job, folder: Path, clientapp: str,
 
 
 def outcome(flower: FlowerProcesses) -> tuple[str, str]:
-    """Status and details of the only run of this SuperLink."""
-    command = ["flwr", "list", CONNECTION, "--format", "json"]
+    """Status and details of the run that was submitted last. Raises FedtuneError when Flower took none."""
+    said = flower.log("run").read_text(errors="replace")
+    started = re.search(r"started run (\d+)", said)
+    if started is None:
+        raise FedtuneError(f"Flower did not take the run: {said[-2000:]}")
+    command = ["flwr", "list", CONNECTION, "--run-id", started[1], "--format", "json"]
     listed = subprocess.run(command, env=flower.environment, cwd=flower.folder, capture_output=True, text=True, check=False)
     try:
         run = json.loads(listed.stdout)["runs"][0]
     except (ValueError, LookupError) as error:
-        said = flower.log("run").read_text()[-2000:]
-        raise FedtuneError(f"Flower took no run: {said}{listed.stdout[-500:]}{listed.stderr[-500:]}") from error
-    return str(run["status"]), str(run["status-details"] or "")
+        raise FedtuneError(f"Flower does not say how the run ended: {listed.stdout}{listed.stderr}") from error
+    return str(run["status"]), re.sub(r"^\w+ failed with exception: ", "", str(run["status-details"] or ""))
 
 
 class Progress:
