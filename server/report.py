@@ -1,0 +1,105 @@
+"""The report of a run: one self-contained HTML page, made again at any time from what the run folder holds."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from fedtune.errors import RunFolderError
+from server import report_clients as clients
+from server import report_figures as figures
+from server import report_units as units
+from server import report_view as view
+from server.report_folder import RunFolder, read_run
+
+NAME = "report.html"
+
+
+def write_report(folder: Path) -> Path:
+    """Write `folder/report.html` from metrics.jsonl, comparison.json and job.toml; a failure leaves the old one."""
+    page = render(read_run(folder))
+    target = folder / NAME
+    try:
+        _replace(target, page)
+    except OSError as error:
+        raise RunFolderError(f"the report {target} cannot be written: {error.strerror or error}") from error
+    return target
+
+
+def render(run: RunFolder) -> str:
+    names = figures.client_names(run.rounds)
+    return (
+        _templates()
+        .get_template("report.html.j2")
+        .render(
+            run=run,
+            lede=view.lede(run),
+            verdict=view.verdict(run.comparison),
+            metric_names=view.metric_names(run.rounds),
+            headlines=view.headlines(run),
+            loss_chart=view.loss_chart(run),
+            bytes_chart=view.bytes_chart(run.rounds),
+            seconds_chart=view.seconds_chart(run.rounds),
+            clients=clients.client_views(run.rounds),
+            clients_hidden=max(0, len(names) - clients.SHOWN),
+            clients_count=len(names),
+            scale=clients.clients_scale(run.rounds),
+            changes=figures.changes(run.rounds),
+            comparison=view.comparison_rows(run.comparison),
+            failures=figures.failures(run.rounds),
+            loading=loading_lines(run),
+        )
+    )
+
+
+def loading_lines(run: RunFolder) -> str:
+    """Three lines of Python that load the adapter, typed in the run folder."""
+    model = view.section(run.job, "model")
+    base = run.base_model or str(model.get("path", "the base model"))
+    classification = model.get("task") == "classification"
+    auto = "AutoModelForSequenceClassification" if classification else "AutoModelForCausalLM"
+    labels = f", num_labels={model['labels']!r}" if classification and "labels" in model else ""
+    return (
+        "from peft import PeftModel\n"
+        f"from transformers import {auto}\n"
+        f'model = PeftModel.from_pretrained({auto}.from_pretrained({base!r}{labels}), "adapter")'
+    )
+
+
+@cache
+def _templates() -> Environment:
+    # Client names and failure reasons come from strangers: everything is escaped, and a forgotten name is an error.
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {
+        "size": units.size,
+        "duration": units.duration,
+        "loss": units.loss,
+        "signed": units.signed,
+        "perplexity": units.perplexity,
+        "count": units.count,
+        "metric": units.metric,
+    }
+    return templates
+
+
+def _replace(target: Path, text: str) -> None:
+    """All of the new file or the old one: written beside it, then renamed."""
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
