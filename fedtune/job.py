@@ -13,7 +13,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -42,11 +42,21 @@ class Model(Section):
     path: str = Field("builtin:stdlib", description="folder, hub id, or builtin:stdlib")
     revision: str | None = Field(None, description="of a hub id")
     task: Literal["causal", "classification"] = "causal"
-    labels: int | None = Field(None, ge=2, description="classes, for classification; counted in the data where absent")
+    labels: Annotated[int, Field(ge=2)] | tuple[str, ...] | None = Field(
+        None, description="classes: how many, or their names in order; a simulation finds them in the data"
+    )
     quantize: Literal["none", "8bit", "4bit"] = Field("none", description="through bitsandbytes")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the base weights; auto: float32 on a CPU, bfloat16 on a GPU"
     )
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        return self.labels if isinstance(self.labels, tuple) else None
+
+    @property
+    def classes(self) -> int | None:
+        return self.labels if self.labels is None or isinstance(self.labels, int) else len(self.labels)
 
 
 class AdapterSettings(Section):

@@ -110,7 +110,7 @@ def bytes_chart(rounds: Sequence[RoundRecord]) -> charts.Chart:
         x_ticks=x.ticks(),
         y_ticks=scale.ticks(units.size_tick),
         bars=charts.bars(x, scale, [("down", down), ("up", up)], units.size),
-        legend=("down to clients", "up"),
+        legend=("down", "up"),
     )
 
 

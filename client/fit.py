@@ -1,0 +1,126 @@
+"""Local training: gradient steps on one client's examples with whatever is trainable in the resident model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from client.data.batches import collate
+from client.data.examples import Example
+from client.model import ResidentModel
+from fedtune.job import Train
+
+Penalty = Callable[[], Tensor]
+
+
+def fit(
+    resident: ResidentModel,
+    batches: Iterable[Sequence[Example]],
+    train: Train,
+    steps: int,
+    peak_lr: float,
+    penalty: Penalty | None = None,
+) -> dict[str, float]:
+    """`steps` gradient steps from a fresh optimiser; returns the mean `loss` (nats per token), `steps` and `examples`.
+
+    `penalty` gives a scalar that is added to the loss of every step (FedProx, for one).
+    """
+    parameters = resident.trainable()
+    optimizer = make_optimizer(parameters, train, peak_lr)
+    resident.peft.train()
+    losses, seen = [], 0
+    for step, batch in zip(range(steps), batches, strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = peak_lr * lr_factor(step, steps, train)
+        losses.append(accumulate(resident, batch, train.micro_batch or len(batch)))
+        if penalty is not None:
+            penalty().backward()
+        if train.clip:
+            nn.utils.clip_grad_norm_(parameters, train.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen += len(batch)
+    loss = torch.stack(losses).mean().item() if losses else math.nan
+    return {"loss": loss, "steps": float(len(losses)), "examples": float(seen)}
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], train: Train, lr: float) -> torch.optim.Optimizer:
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, momentum=train.momentum, weight_decay=train.weight_decay)
+    return torch.optim.AdamW(parameters, lr=lr, betas=train.betas, weight_decay=train.weight_decay)
+
+
+def lr_factor(step: int, steps: int, train: Train) -> float:
+    """Linear warm-up, then constant or a cosine down to `min_lr`: the share of the peak at this step."""
+    if step < train.warmup:
+        return (step + 1) / (train.warmup + 1)
+    if train.schedule == "constant":
+        return 1.0
+    return cosine((step - train.warmup) / max(steps - train.warmup, 1), train.min_lr)
+
+
+def cosine(progress: float, floor: float) -> float:
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def accumulate(resident: ResidentModel, batch: Sequence[Example], micro_batch: int) -> Tensor:
+    """Add the gradient of the batch's mean loss, a micro-batch at a time; returns that loss.
+
+    Every token weighs the same whatever micro-batch it falls into, so cutting a batch changes nothing but memory.
+    """
+    learnt = sum(learnt_labels(example) for example in batch)
+    total = torch.zeros((), device=resident.device)
+    for start in range(0, len(batch), micro_batch):
+        part = batch[start : start + micro_batch]
+        with torch.autocast(resident.device.type, dtype=torch.bfloat16, enabled=resident.autocast):
+            output = resident.peft(**on_device(collate(part, resident.pad), resident.device), **resident.loss_options(learnt))
+        share = 1.0 if resident.causal else len(part) / len(batch)
+        loss = output.loss * share
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def learnt_labels(example: Example) -> int:
+    """How many tokens of the example are predicted; a first token never is."""
+    return sum(label != -100 for label in example.labels[1:])
+
+
+@torch.no_grad()
+def evaluate(resident: ResidentModel, examples: Sequence[Example], batch: int) -> dict[str, float]:
+    """`loss` in nats per token (or per example, for classification), `perplexity`, `token_accuracy` (or `accuracy`),
+    and `tokens`, how many predictions that was. Empty where there is nothing to evaluate."""
+    resident.peft.eval()
+    loss, right, count = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+    for part in _in_batches(sorted(examples, key=lambda e: -len(e.input_ids)), batch):
+        inputs = on_device(collate(part, resident.pad), resident.device)
+        labels = inputs.pop("labels")  # (b, t), or (b,) for classification
+        with torch.autocast(resident.device.type, dtype=torch.bfloat16, enabled=resident.autocast):
+            logits = resident.peft(**inputs).logits  # (b, t, v), or (b, classes)
+        if resident.causal:
+            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        loss += nn.functional.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum").cpu()
+        right += ((logits.argmax(-1) == labels) & (labels != -100)).sum().cpu()
+        count += (labels != -100).sum().cpu()
+    if not count:
+        return {}
+    mean = (loss / count).item()
+    accuracy = "token_accuracy" if resident.causal else "accuracy"
+    figures = {"loss": mean, accuracy: (right / count).item(), "tokens": count.item()}
+    return figures | ({"perplexity": perplexity(mean)} if resident.causal else {})
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
+def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _in_batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+    for start in range(0, len(examples), size):
+        yield examples[start : start + size]

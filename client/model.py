@@ -1,0 +1,116 @@
+"""The resident base model: loaded once, one adapter attached once, tensors swapped in and out for each client.
+
+What a strategy wants merged lies in the base weights themselves, always computed from the pristine ones in float32 and
+rounded once, so that nothing drifts over rounds. Beside a quantised base, which cannot take small updates, it lies in a
+second, frozen adapter.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from client.loading import has_fast_bf16, load_base, load_tokenizer, pick_device
+from fedtune import lora
+from fedtune.adapter import Adapter, Factors
+from fedtune.base import attach, base_hash, dense_parameters, lora_layers, model_folder
+from fedtune.job import Job
+
+CORRECTION = "correction"
+
+
+class ResidentModel:
+    """The base model on its device, with one LoRA slot that any client's adapter fits into, of whatever rank."""
+
+    def __init__(self, job: Job) -> None:
+        self.device = pick_device(job.machine.device)
+        self.base = base_hash(model_folder(job.model))
+        precision = job.train.precision
+        self.autocast = has_fast_bf16(self.device) if precision == "auto" else precision == "bf16"
+        self.quantized = job.model.quantize != "none"
+        self.causal = job.model.task == "causal"
+        self.tokenizer = load_tokenizer(job)
+        self.pad: int = self.tokenizer.pad_token_id
+        self.peft = attach(job, load_base(job, self.device))
+        self.peft.config.use_cache = False
+        self.lora: dict[str, LoraLayer] = dict(lora_layers(self.peft))
+        self.dense: dict[str, nn.Parameter] = dict(dense_parameters(self.peft))
+        self._merged: dict[str, Factors] = {}
+        self._pristine: dict[str, Tensor] = {}
+        if job.train.checkpointing:
+            self.peft.gradient_checkpointing_enable({"use_reentrant": False})
+            self.peft.enable_input_require_grads()
+
+    def load(self, adapter: Adapter, merged: Adapter, frozen: frozenset[str]) -> None:
+        """Swap in an adapter and what is merged below it; modules that `adapter` does not name get an empty pair."""
+        for path, layer in self.lora.items():
+            pair = adapter.lora.get(path) or Factors(torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0), 1.0)
+            self._put(layer, "default", pair, train_a="A" not in frozen, train_b="B" not in frozen)
+        for name, parameter in self.dense.items():
+            if name in adapter.dense:
+                parameter.data.copy_(adapter.dense[name])
+            parameter.requires_grad_("dense" not in frozen)
+        self._merge({path: pair for path, pair in merged.lora.items() if pair.rank})
+
+    def adapter(self) -> Adapter:
+        """A copy on the CPU, in float32, of what is in the slot."""
+        pairs = {}
+        for path, layer in self.lora.items():
+            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            pairs[path] = Factors(_copy(A), _copy(B), layer.scaling["default"])
+        return Adapter(pairs, {name: _copy(parameter) for name, parameter in self.dense.items()}, self.base)
+
+    def loss_options(self, learnt: int) -> dict[str, int]:
+        """For a causal model, the number of tokens that its loss is a mean over."""
+        return {"num_items_in_batch": learnt} if self.causal else {}
+
+    def trainable(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.peft.parameters() if parameter.requires_grad]
+
+    def _put(self, layer: LoraLayer, slot: str, pair: Factors, train_a: bool, train_b: bool) -> None:
+        for module, tensor, train in ((layer.lora_A[slot], pair.A, train_a), (layer.lora_B[slot], pair.B, train_b)):
+            value = tensor.detach().to(self.device, torch.float32, copy=True)
+            if module.weight.shape == value.shape:
+                module.weight.data = value
+                module.weight.grad = None
+            else:
+                module.weight = nn.Parameter(value)
+            module.weight.requires_grad_(train)
+        layer.r[slot], layer.scaling[slot] = pair.rank, pair.scale
+
+    def _merge(self, wanted: dict[str, Factors]) -> None:
+        if _same(wanted, self._merged):
+            return
+        for path, layer in self.lora.items():
+            if path in wanted or path in self._merged:
+                pairs = [wanted[path]] if path in wanted else []
+                (self._merge_beside if self.quantized else self._merge_into_base)(path, layer, pairs)
+        self._merged = wanted
+
+    def _merge_into_base(self, path: str, layer: LoraLayer, pairs: list[Factors]) -> None:
+        weight = layer.get_base_layer().weight
+        pristine = self._pristine.setdefault(path, weight.detach().cpu().clone())  # (d, k), or (k, d) in a Conv1D
+        weight.data.copy_(lora.merged(pristine, pairs, transposed=layer.fan_in_fan_out))
+
+    def _merge_beside(self, path: str, layer: LoraLayer, pairs: list[Factors]) -> None:
+        if CORRECTION not in self.peft.peft_config:
+            default: LoraConfig = self.peft.peft_config["default"]
+            self.peft.add_adapter(
+                CORRECTION, LoraConfig(r=1, target_modules=default.target_modules, task_type=default.task_type)
+            )
+            self.peft.base_model.set_adapter(["default", CORRECTION])
+        nothing = Factors(torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0), 1.0)
+        self._put(layer, CORRECTION, pairs[0] if pairs else nothing, train_a=False, train_b=False)
+
+
+def _same(one: dict[str, Factors], other: dict[str, Factors]) -> bool:
+    return one.keys() == other.keys() and all(
+        pair.scale == other[path].scale and torch.equal(pair.A, other[path].A) and torch.equal(pair.B, other[path].B)
+        for path, pair in one.items()
+    )
+
+
+def _copy(parameter: Tensor) -> Tensor:
+    return parameter.detach().to("cpu", torch.float32, copy=True)

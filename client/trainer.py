@@ -1,0 +1,125 @@
+"""The trainer: answers asks for one client or, in simulation, for many on one resident model.
+
+An ask that cannot be answered becomes a failure with its reason; nothing that a client meets ends the trainer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from client.data.examples import ClientData
+from client.data.load import labels_in, load_client
+from client.data.sources import Source, clients_in
+from client.local import Local
+from client.model import ResidentModel
+from fedtune.envelope import Envelope
+from fedtune.errors import ClientFailed, FedtuneError
+from fedtune.job import Clients, Job
+from fedtune.memory import Memory
+from fedtune.strategy import Answer, Ask
+from fedtune.wire import pack_answer, pack_failure, unpack_ask
+
+
+class Trainer:
+    """One resident model, and each client's data and memory beside it. Data is read when a client is first asked."""
+
+    def __init__(self, job: Job, sources: Mapping[str, Source], directory: Path | None = None) -> None:
+        if job.machine.threads:
+            torch.set_num_threads(job.machine.threads)
+        self.job = job
+        self.resident = ResidentModel(job)
+        self.strategy = job.make_strategy()
+        self._sources, self._directory = sources, directory
+        self._data: dict[str, ClientData] = {}
+        self._memory: dict[str, Memory] = {}
+
+    @classmethod
+    def for_simulation(cls, job: Job) -> Trainer:
+        """All clients of the job. Raises DataError and ModelError for what is wrong with it."""
+        sources = clients_in(job.data, job.clients)
+        return cls(with_labels(job, sources), sources)
+
+    @classmethod
+    def for_node(cls, client: str, job: Job, *, model: str | None, data: str | None, directory: Path | None) -> Trainer:
+        """One client with the node's own model and data in place of those that the job names."""
+        local_model = job.model.model_copy(update={"path": model} if model else {})
+        local_data = job.data.model_copy(update={"path": data} if data else {})
+        job = job.model_copy(update={"model": local_model, "data": local_data})
+        found = clients_in(job.data, Clients())
+        source = found.get(client) or next(iter(found.values()))
+        if directory:
+            directory.mkdir(parents=True, exist_ok=True)
+        return cls(job, {client: source}, directory)
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        return tuple(self._sources)
+
+    def data(self, client: str) -> ClientData:
+        if client not in self._sources:
+            raise ClientFailed(f"client '{client}' was asked, this trainer has {', '.join(self._sources)}")
+        if client not in self._data:
+            job, tokenizer = self.job, self.resident.tokenizer
+            read = load_client(self._sources[client], job.data, job.model.task, tokenizer, job.seed, job.model.label_names)
+            self._data[client] = read
+        return self._data[client]
+
+    def answer(self, envelope: Envelope, client: str | None = None) -> Envelope:
+        """The answer to one ask, or a failure with its reason. `client` names one of many in simulation."""
+        began = time.perf_counter()
+        client = client or self.clients[0]
+        header = {key: envelope.header.get(key) for key in ("ask", "run", "round")} | {"client": client}
+        try:
+            if envelope.header.get("kind") == "hello":
+                return pack_answer(Answer(), header | self._hello(client))
+            answer = self._answered(envelope, client)
+        except (FedtuneError, RuntimeError, ValueError, KeyError, OSError, ArithmeticError) as error:
+            return pack_failure(_reason(error), header)
+        return pack_answer(answer, header | {"base": self.resident.base, "seconds": time.perf_counter() - began})
+
+    def local(self, client: str, round: int) -> Local:
+        return Local(self.resident, self.data(client), self.job, client, round)
+
+    def _hello(self, client: str) -> dict[str, Any]:
+        rank, scale = self.job.rank_of(client), self.job.scale_of(client)
+        return {"examples": len(self.data(client).train), "rank": rank, "scale": scale, "base": self.resident.base}
+
+    def _answered(self, envelope: Envelope, client: str) -> Answer:
+        if envelope.header.get("base") != self.resident.base:
+            asked = envelope.header.get("base")
+            raise ClientFailed(
+                f"the ask is for base model {asked}, this client has {self.resident.base}: use the same model files"
+            )
+        ask = unpack_ask(envelope)
+        local, memory = self.local(client, int(envelope.header["round"])), self.memory(client)
+        answer = self._half(ask, local, memory)
+        if self._directory:
+            memory.save(self._directory / f"memory-{client}.safetensors")
+        return answer
+
+    def _half(self, ask: Ask, local: Local, memory: Memory) -> Answer:
+        half = self.strategy.evaluate if ask.kind == "evaluate" else self.strategy.answer
+        return half(ask, local, memory)
+
+    def memory(self, client: str) -> Memory:
+        if client not in self._memory:
+            path = self._directory / f"memory-{client}.safetensors" if self._directory else None
+            self._memory[client] = Memory.open(path) if path else Memory()
+        return self._memory[client]
+
+
+def with_labels(job: Job, sources: Mapping[str, Source]) -> Job:
+    """For classification, the job with the names of the classes that the data of all clients has."""
+    if job.model.task != "classification" or job.model.labels:
+        return job
+    names = tuple(labels_in(sources, job.data))
+    return job.model_copy(update={"model": job.model.model_copy(update={"labels": names})})
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) if isinstance(error, FedtuneError) else f"{type(error).__name__}: {error}"

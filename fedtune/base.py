@@ -1,0 +1,180 @@
+"""The base model seen from outside: its folder, its hash, and the adapter that a job attaches to it.
+
+Nothing here loads weights into memory: shapes come from the config on the meta device, heads from the safetensors file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+
+from fedtune.adapter import Adapter, Factors
+from fedtune.errors import ModelError, nearest
+from fedtune.job import Job, Model
+from fedtune.paths import base_model
+from fedtune.seeds import lora_a, uniform
+
+BUILT_IN = "builtin:stdlib"
+CLASSES: dict[str, Any] = {"causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
+PEFT_TASKS = {"causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
+
+
+def model_folder(model: Model) -> Path:
+    """The folder with the model's files; a hub id is fetched, and only then the network is used. Raises ModelError."""
+    if model.path == BUILT_IN:
+        return base_model()
+    folder = Path(model.path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder} holds no config.json; wanted a folder written by save_pretrained")
+        return folder
+    if folder.is_absolute() or model.path.startswith(".") or model.path.count("/") != 1:
+        raise ModelError(f"there is no model folder {model.path}; wanted a folder, a hub id (owner/name) or {BUILT_IN}")
+    return _from_hub(model)
+
+
+def _from_hub(model: Model) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=wanted))
+    except (RepositoryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"'{model.path}' is no folder here and could not be fetched from the hub: {first_line}; give the path of a folder"
+        ) from error
+
+
+def base_hash(folder: Path) -> str:
+    """A hash of the weights: 32 hex digits over the names and bytes of the safetensors files. Raises ModelError."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder} holds no *.safetensors; convert the weights with save_pretrained, pickles are not read")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:32]
+
+
+def model_config(job: Job, folder: Path) -> PretrainedConfig:
+    extra: dict[str, object] = {"num_labels": job.model.classes} if job.model.classes else {}
+    if names := job.model.label_names:
+        extra |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    try:
+        return cast(PretrainedConfig, AutoConfig.from_pretrained(folder, **extra))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the config of {folder} cannot be read: {error}") from error
+
+
+def lora_config(job: Job, rank: int | None = None) -> LoraConfig:
+    targets = job.adapter.targets
+    return LoraConfig(
+        task_type=PEFT_TASKS[job.model.task],
+        r=rank or job.adapter.rank,
+        lora_alpha=whole(job.adapter.alpha),
+        lora_dropout=job.adapter.dropout,
+        use_rslora=job.adapter.rslora,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )
+
+
+def whole(alpha: float) -> int:
+    """PEFT says int, and computes with whatever number it is given: 16.0 becomes 16, 12.5 stays."""
+    return int(alpha) if float(alpha).is_integer() else cast(int, alpha)
+
+
+def attach(job: Job, base: nn.Module) -> PeftModel:
+    """PEFT's model with the job's adapter. Raises ModelError when no module matches, naming those that could."""
+    try:
+        return get_peft_model(base, lora_config(job))
+    except ValueError as error:
+        if "target modules" not in str(error).lower():
+            raise
+        names = sorted({name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, nn.Linear)})
+        targets = job.adapter.targets
+        hint = nearest(targets if isinstance(targets, str) else targets[0], names)
+        raise ModelError(
+            f"adapter.targets = {targets!r} matches no module of the model{hint}; linear modules here: {', '.join(names)}, "
+            "or type --set adapter.targets=all-linear"
+        ) from error
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """(path in the base model, layer) of each adapted module, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name.removeprefix("base_model.model."), module
+
+
+def dense_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name in the base model, parameter) of everything that trains whole, such as a classification head."""
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for inner, parameter in module.modules_to_save["default"].named_parameters():
+                yield f"{name.removeprefix('base_model.model.')}.{inner}", parameter
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What the coordinator knows of the model: where an adapter goes. `targets` are the names as PEFT resolved them."""
+
+    adapter: Adapter  # as the first round starts: A drawn from the seed, B = 0
+    targets: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+
+
+def blueprint(job: Job) -> Blueprint:
+    """The adapter of a job without loading its model."""
+    folder = model_folder(job.model)
+    with torch.device("meta"):
+        base = CLASSES[job.model.task].from_config(model_config(job, folder))
+        peft = attach(job, base)
+    lora = {path: _fresh_pair(job, path, layer) for path, layer in lora_layers(peft)}
+    stored = _stored(folder, {name for name, _ in dense_parameters(peft)})
+    dense = {name: _fresh_dense(job, name, parameter, stored) for name, parameter in dense_parameters(peft)}
+    config = cast(LoraConfig, peft.peft_config["default"])
+    return Blueprint(
+        Adapter(lora, dense, base_hash(folder)),
+        tuple(sorted(config.target_modules or ())),
+        tuple(sorted({name.rpartition(".")[0].rpartition(".")[2] for name in dense})),
+    )
+
+
+def _fresh_pair(job: Job, path: str, layer: LoraLayer) -> Factors:
+    k, d, rank = cast(int, layer.in_features), cast(int, layer.out_features), job.adapter.rank
+    largest = max([rank, *job.clients.ranks.values()])
+    if largest > min(d, k):
+        raise ModelError(
+            f"rank {largest} is larger than '{path}' ({d} x {k}); wanted at most {min(d, k)}: --set adapter.rank={min(d, k)}"
+        )
+    return Factors(lora_a(job.seed, path, rank, k), torch.zeros(d, rank), job.adapter.scale(rank, job.adapter.alpha))
+
+
+def _fresh_dense(job: Job, name: str, parameter: nn.Parameter, stored: dict[str, Tensor]) -> Tensor:
+    if name in stored:
+        return stored[name]
+    bound = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.0
+    return uniform(tuple(parameter.shape), bound, job.seed, "dense", name)
+
+
+def _stored(folder: Path, names: set[str]) -> dict[str, Tensor]:
+    """Those of the named tensors that the checkpoint holds, in float32."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")) if names else []:
+        with safe_open(file, framework="pt") as opened:
+            found |= {name: opened.get_tensor(name).float() for name in names & set(opened.keys())}
+    return found

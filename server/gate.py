@@ -1,0 +1,81 @@
+"""The gate: an answer is let in only if it fits what was asked. What it refuses, it refuses with the reason.
+
+Nothing here depends on the order in which answers come.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+
+from fedtune.adapter import Adapter
+from fedtune.envelope import Envelope
+from fedtune.errors import MalformedMessage, Refused
+from fedtune.payload import Role
+from fedtune.strategy import Answer, ClientInfo
+from fedtune.wire import unpack_answer
+
+Schema = tuple[tuple[str, tuple[int, ...]], ...]  # (name, shape) of each tensor, by name
+
+
+def admit(envelope: Envelope, ask_id: str, client: ClientInfo, like: Adapter, max_weight: float) -> Answer:
+    """The answer, if it may enter. Raises Refused, or ClientFailed with the client's own reason."""
+    header = envelope.header
+    if header.get("ask") != ask_id:
+        raise Refused(f"it answers ask {header.get('ask')}, wanted {ask_id}")
+    try:
+        answer = unpack_answer(envelope)
+    except MalformedMessage as error:
+        raise Refused(str(error)) from error
+    if header.get("base") != like.base:
+        raise Refused(f"it was made on base model {header.get('base')}, wanted {like.base}")
+    if not (math.isfinite(answer.weight) and 0 < answer.weight <= max_weight):
+        raise Refused(f"its weight is {answer.weight:g}, wanted more than 0 and at most {max_weight:g}")
+    _require_finite(answer)
+    _require_shapes(answer, client, like)
+    return answer
+
+
+def misfits(schemas: Mapping[str, Schema]) -> dict[str, str]:
+    """For a weighted sum all answers need the same tensors: those that differ from most, each with the reason."""
+    if not schemas:
+        return {}
+    counted = Counter(schemas[client] for client in sorted(schemas))
+    usual = dict(counted.most_common(1)[0][0])
+    reasons = {}
+    for client, schema in schemas.items():
+        given = dict(schema)
+        odd = sorted(name for name in usual.keys() | given.keys() if usual.get(name) != given.get(name))
+        if odd:
+            reasons[client] = f"its tensors are not those of the other clients: {', '.join(odd[:3])}"
+    return reasons
+
+
+def schema_of(answer: Answer) -> Schema:
+    return tuple((name, tuple(answer.payload.tensors[name].shape)) for name in sorted(answer.payload.tensors))
+
+
+def _require_finite(answer: Answer) -> None:
+    for name, tensor in answer.payload.tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise Refused(f"'{name}' is not finite")
+    for name, value in answer.payload.scalars.items():
+        if not math.isfinite(value):
+            raise Refused(f"'{name}' is {value}, wanted a finite number")
+
+
+def _require_shapes(answer: Answer, client: ClientInfo, like: Adapter) -> None:
+    """Factors and whole parameters must fit the modules that the job adapts, at the rank that the client declared."""
+    wanted: dict[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in like.dense.items()}
+    for path, pair in like.lora.items():
+        d, k = pair.shape
+        wanted |= {f"{path}.{Role.A}": (client.rank, k), f"{path}.{Role.B}": (d, client.rank)}
+    for name, tensor in answer.payload.tensors.items():
+        role, shape = answer.payload.roles[name], tuple(tensor.shape)
+        if role is not Role.VECTOR and name not in wanted:
+            raise Refused(f"'{name}' is no part of the adapter that the job describes")
+        if name in wanted and shape != wanted[name]:
+            raise Refused(f"'{name}' is of shape {shape}, wanted {wanted[name]}")

@@ -1,0 +1,108 @@
+"""The folder of a run: what the job was, what happened, and an adapter per finished round that stock PEFT loads.
+
+job.toml   metrics.jsonl   events/   comparison.json   report.html
+rounds/0007/adapter/   adapter -> rounds/0007/adapter   spool/ (while a round is open)
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedtune.adapter import Adapter
+from fedtune.base import Blueprint
+from fedtune.errors import RunFolderError
+from fedtune.job import Job
+from fedtune.peft_folder import write_adapter
+from server.records import Comparison, RoundRecord
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path, job: Job) -> RunFolder:
+        """Raises RunFolderError where a run already lies there or nothing can be written."""
+        require_free(path)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            _write(path / "job.toml", tomli_w.dumps(without_none(job.model_dump(mode="json"))))
+        return cls(path)
+
+    @property
+    def spool(self) -> Path:
+        return self.path / "spool"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    def log(self, record: RoundRecord) -> None:
+        """One more line of `metrics.jsonl`."""
+        with writing(self.path), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record.as_json()) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def publish(self, round: int, adapter: Adapter, job: Job, blueprint: Blueprint, provenance: Mapping[str, Any]) -> None:
+        """Write the round's adapter, then point `adapter` to it: at every moment it leads to a whole one."""
+        with writing(self.path):
+            target = self.path / "rounds" / f"{round:04d}" / "adapter"
+            write_adapter(target, adapter, job, blueprint, provenance)
+            link = self.path / ".adapter"
+            link.unlink(missing_ok=True)
+            link.symlink_to(target.relative_to(self.path), target_is_directory=True)
+            os.replace(link, self.adapter)
+
+    def compared(self, comparison: Comparison) -> None:
+        with writing(self.path):
+            _write(self.path / "comparison.json", json.dumps(comparison.as_json(), indent=2) + "\n")
+
+
+def require_free(path: Path) -> None:
+    """Raises RunFolderError where the folder holds a run, or anything else."""
+    if (path / "job.toml").exists():
+        raise RunFolderError(f"{path} already holds a run; name another folder: --out {path}-2")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunFolderError(f"{path} exists and is no empty folder; name another: --out {path}-2")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the disk says into one line: RunFolderError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(_existing(path)).free
+            raise RunFolderError(
+                f"no space left on the disk of {path} ({free:,} bytes free): free some, or type --out with another"
+            ) from error
+        raise RunFolderError(f"{path} cannot be written: {error}; name another folder with --out") from error
+
+
+def without_none(value: Any) -> Any:
+    """TOML has no null: absent keys mean their default."""
+    if isinstance(value, dict):
+        return {key: without_none(inner) for key, inner in value.items() if inner is not None}
+    return value
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,57 @@
+"""What one round cost and brought, client by client, while it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from fedtune.envelope import Envelope
+from fedtune.strategy import Answer
+from server.records import ClientRecord
+
+
+class Tally:
+    """Collects the ClientRecords of one round."""
+
+    def __init__(self, clients: Iterable[str]) -> None:
+        self.clients = {client: ClientRecord() for client in sorted(clients)}
+        self.evaluated: dict[str, Mapping[str, float]] = {}
+
+    def sent(self, client: str, envelope: Envelope) -> None:
+        self._add(client, bytes_down=envelope.size())
+
+    def came(self, client: str, envelope: Envelope) -> None:
+        self._add(client, bytes_up=envelope.size(), seconds=float(envelope.header.get("seconds") or 0.0))
+
+    def failed(self, client: str, reason: str) -> None:
+        self.clients[client] = replace(self.clients[client], failed=reason)
+
+    def trained(self, client: str, answer: Answer) -> None:
+        record = self.clients[client]
+        examples, loss = answer.metrics.get("examples", 0.0), answer.metrics.get("loss", record.train_loss)
+        self.clients[client] = replace(record, examples=record.examples + examples, train_loss=loss)
+
+    def held_out(self, client: str, answer: Answer) -> None:
+        if answer.metrics:
+            self.evaluated[client] = answer.metrics
+            self.clients[client] = replace(self.clients[client], loss=answer.metrics.get("loss"))
+
+    def figures(self) -> dict[str, float]:
+        """The clients' held-out figures in one, weighted by the predictions that each made; `loss` among them."""
+        total = sum(metrics.get("tokens", 0.0) for metrics in self.evaluated.values())
+        if not total:
+            return {}
+        names = sorted({name for metrics in self.evaluated.values() for name in metrics} - {"tokens", "perplexity"})
+        return {
+            name: sum(metrics.get("tokens", 0.0) * metrics.get(name, 0.0) for metrics in self.evaluated.values()) / total
+            for name in names
+        }
+
+    def _add(self, client: str, bytes_down: int = 0, bytes_up: int = 0, seconds: float = 0.0) -> None:
+        record = self.clients[client]
+        self.clients[client] = replace(
+            record,
+            bytes_down=record.bytes_down + bytes_down,
+            bytes_up=record.bytes_up + bytes_up,
+            seconds=record.seconds + seconds,
+        )
