@@ -10,6 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fedtune.errors import RunFolderError
+from fedtune.paths import base_model
 from server import report_clients as clients
 from server import report_figures as figures
 from server import report_units as units
@@ -17,6 +18,7 @@ from server import report_view as view
 from server.report_folder import RunFolder, read_run
 
 NAME = "report.html"
+FAILURES_SHOWN = 200
 
 
 def write_report(folder: Path) -> Path:
@@ -31,6 +33,7 @@ def write_report(folder: Path) -> Path:
 
 
 def render(run: RunFolder) -> str:
+    failures = figures.failures(run.rounds)
     names = figures.client_names(run.rounds)
     return (
         _templates()
@@ -50,7 +53,8 @@ def render(run: RunFolder) -> str:
             scale=clients.clients_scale(run.rounds),
             changes=figures.changes(run.rounds),
             comparison=view.comparison_rows(run.comparison),
-            failures=figures.failures(run.rounds),
+            failures=failures[-FAILURES_SHOWN:],
+            failures_hidden=max(0, len(failures) - FAILURES_SHOWN),
             loading=loading_lines(run),
         )
     )
@@ -60,6 +64,8 @@ def loading_lines(run: RunFolder) -> str:
     """Three lines of Python that load the adapter, typed in the run folder."""
     model = view.section(run.job, "model")
     base = run.base_model or str(model.get("path", "the base model"))
+    if base.startswith("builtin:"):
+        base = str(base_model())
     classification = model.get("task") == "classification"
     auto = "AutoModelForSequenceClassification" if classification else "AutoModelForCausalLM"
     labels = f", num_labels={model['labels']!r}" if classification and "labels" in model else ""
@@ -88,6 +94,7 @@ def _templates() -> Environment:
         "perplexity": units.perplexity,
         "count": units.count,
         "metric": units.metric,
+        "name": lambda text: units.one_line(text, 60),
     }
     return templates
 

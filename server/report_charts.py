@@ -113,7 +113,7 @@ class Rounds:
 def line(x: Rounds, scale: Scale, values: Mapping[int, float | None]) -> str:
     """An SVG path through what was measured; a round without a loss is bridged, not drawn as 0."""
     points = [f"{x.x(n)} {scale.y(v)}" for n, v in measured(values)]
-    return "M" + "L".join(points) if points else ""
+    return "M" + "L".join(points) + "h0" * (len(points) == 1) if points else ""  # h0: a point is seen, too
 
 
 def dots(x: Rounds, scale: Scale, values: Mapping[int, float | None], label: Callable[[float], str]) -> list[Dot]:

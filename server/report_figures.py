@@ -21,7 +21,7 @@ class Standing:
     name: str
     loss: float
     kind: Kind
-    note: str = ""  # which client it is
+    note: str = ""  # which client it is, or that it trained alone
 
 
 def summary(comparison: Comparison) -> list[Standing]:
@@ -41,7 +41,7 @@ def summary(comparison: Comparison) -> list[Standing]:
 def everybody(comparison: Comparison) -> list[Standing]:
     """Base, each client alone from worst to best, federated, central."""
     by_loss = sorted(comparison.alone.items(), key=lambda item: (-item[1], item[0]))
-    return _between_base_and_central(comparison, [Standing(client, loss, "alone") for client, loss in by_loss])
+    return _between_base_and_central(comparison, [Standing(client, loss, "alone", "alone") for client, loss in by_loss])
 
 
 def _between_base_and_central(comparison: Comparison, alone: list[Standing]) -> list[Standing]:

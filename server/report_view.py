@@ -10,6 +10,7 @@ from server import report_charts as charts
 from server import report_figures as figures
 from server import report_units as units
 from server.records import Comparison, RoundRecord
+from server.report_clients import SHOWN
 from server.report_folder import RunFolder
 
 
@@ -130,7 +131,8 @@ def comparison_rows(comparison: Comparison | None) -> list[tuple[figures.Standin
     """Each line with the length of its bar in per cent; bars start at 0."""
     if comparison is None:
         return []
-    standings = figures.everybody(comparison)
+    many = len(comparison.alone) > SHOWN
+    standings = figures.summary(comparison) if many else figures.everybody(comparison)
     longest = max((units.known(s.loss) or 0.0 for s in standings), default=0.0) or 1.0
     return [(s, round(100 * max(units.known(s.loss) or 0.0, 0.0) / longest, 2)) for s in standings]
 

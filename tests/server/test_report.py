@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.errors import RunFolderError
+from fedtune.paths import base_model
 from server import report_charts as charts
 from server import report_figures as figures
 from server import report_units as units
@@ -95,6 +96,7 @@ def test_one_round_without_a_loss_is_a_report(tmp_path: Path) -> None:
     words = text_of(write_report(run_folder(tmp_path, [a_round(0, None, a=ClientRecord())])))
     assert "No held-out loss was measured" in words
     assert "no training round yet" in words
+    assert "panels" not in words
 
 
 def test_numbers_that_overflowed_are_missing_not_drawn(tmp_path: Path) -> None:
@@ -168,9 +170,16 @@ def test_the_loading_lines_name_the_base_of_the_adapter(tmp_path: Path) -> None:
     compile(lines, "lines", "exec")
 
 
+def test_the_base_that_is_shipped_is_named_by_its_folder(tmp_path: Path) -> None:
+    page = write_report(run_folder(tmp_path, [a_round(1, 3.0)], job='[model]\npath = "builtin:stdlib"')).read_text()
+    assert f"from_pretrained({str(base_model())!r})" in html.unescape(page)
+
+
 def test_many_clients_stay_a_page(tmp_path: Path) -> None:
     clients = {f"client-{i}": ClientRecord(loss=3.0 + i / 1000) for i in range(1000)}
-    page = write_report(run_folder(tmp_path, [RoundRecord(n, 3.0, {}, 1.0, clients) for n in range(30)]))
+    rounds = [RoundRecord(n, 3.0, {}, 1.0, clients) for n in range(30)]
+    page = write_report(run_folder(tmp_path, rounds, Comparison(4.0, dict.fromkeys(clients, 3.5), 3.0, 2.9)))
+    assert "alone, worst client-0 3.500" in text_of(page)
     assert "The first 48 of 1000 clients are shown" in text_of(page)
     assert page.stat().st_size < 500_000
 

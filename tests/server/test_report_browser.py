@@ -178,6 +178,21 @@ def test_the_page_fits_and_is_quiet(browser: Browser, page: Path, tmp_path: Path
     assert browser.fetched() == [page.as_uri()]
 
 
+@pytest.mark.parametrize("rounds", [1, 120])
+def test_a_run_of_long_words_fits_a_phone(browser: Browser, tmp_path: Path, rounds: int) -> None:
+    long = "w" * 200
+    clients = {f"{long}{i}": ClientRecord(10**12, 10**11, 1e6, failed=long if i else None) for i in range(3)}
+    records = [RoundRecord(n, None if rounds == 1 else 3.0 + 1 / (n + 1), {long: 1e-9}, 1e5, clients) for n in range(rounds)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(record.as_json()) for record in records))
+    (tmp_path / "job.toml").write_text(f"name = '{long}'\n[model]\npath = '{long}'")
+    comparison = Comparison(3.0, dict.fromkeys(clients, 2.5), 2.0, 1.9)
+    (tmp_path / "comparison.json").write_text(json.dumps(comparison.as_json()))
+    browser.show(write_report(tmp_path), 390, 844, "light")
+    (tmp_path / f"report-long-{rounds}.png").write_bytes(browser.screenshot())
+    assert browser.value("document.documentElement.scrollWidth") <= 390
+    assert browser.complaints() == []
+
+
 def test_the_checks_see_what_they_look_for(browser: Browser, tmp_path: Path) -> None:
     page = tmp_path / "bad.html"
     page.write_text("<body style='width:2000px'><script>console.error('x'); missing()</script><img src='gone.png'>")
