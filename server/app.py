@@ -19,7 +19,10 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Who started the run looks on through `metrics.jsonl` in its folder. What this raises ends the Flower run as failed, with the message as its details."""
+    """Who started the run looks on through `metrics.jsonl` in its folder.
+
+    What this raises ends the Flower run as failed, with the message as its details.
+    """
     job = job_of(str(context.run_config["job"]))
     wait_for_clients(grid, job.clients.count or 1, job.rounds.timeout)
     run_job(job, grid, Path(str(context.run_config["folder"])), Quiet())

@@ -32,7 +32,7 @@ def run_with_flower(job: Job, folder: Path, watcher: Watcher) -> None:
             "--engine flower needs Ray: pip install 'fedtune[ray]', or leave --engine out to simulate in this process"
         )
     sources = clients_in(job.data, job.clients)
-    job = with_labels(job.model_copy(update={"clients": job.clients.model_copy(update={"count": len(sources)})}), sources)
+    job = with_labels(as_seen_anywhere(job, len(sources)), sources)
     watcher.started(job, training_examples(job, sources))
     with tempfile.TemporaryDirectory(prefix="ft") as home, FlowerProcesses(Path(home), ray_environment(home)) as flower:
         flower.superlink("--simulation")
@@ -45,6 +45,24 @@ def training_examples(job: Job, sources: dict[str, Source]) -> dict[str, int]:
     tokenizer = load_tokenizer(job)
     settings = job.data, job.model.task, tokenizer, job.seed, job.model.label_names
     return {client: len(load_client(source, *settings).train) for client, source in sources.items()}
+
+
+def as_seen_anywhere(job: Job, clients: int) -> Job:
+    """The job with its number of clients, and absolute paths: Flower's processes run in another folder."""
+    strategy, colon, attribute = job.strategy.name.rpartition(":")
+    changes = {
+        "clients": {"count": clients},
+        "data": {"path": _absolute(job.data.path)},
+        "model": {"path": _absolute(job.model.path)},
+        "strategy": {"name": f"{_absolute(strategy)}{colon}{attribute}"},
+    }
+    return job.model_copy(update={name: getattr(job, name).model_copy(update=keys) for name, keys in changes.items()})
+
+
+def _absolute(path: str) -> str:
+    """Names that are no path here, such as a hub id or a module, stay as they are."""
+    there = Path(path).expanduser()
+    return str(there.absolute()) if path and there.exists() else path
 
 
 def federation(job: Job) -> str:

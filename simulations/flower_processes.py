@@ -117,7 +117,7 @@ def flower_environment(folder: Path) -> dict[str, str]:
     programs = str(Path(sys.executable).parent)
     return os.environ | {
         "PATH": os.pathsep.join([programs, os.environ.get("PATH", "")]),
-        "PYTHONPATH": str(app_root()),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(app_root()), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
         "FLWR_HOME": str(folder / "home"),
         "FLWR_TELEMETRY_ENABLED": "0",

@@ -17,6 +17,7 @@ from server.records import RoundRecord, Watcher
 from simulations.flower_processes import CONNECTION, POLL, FlowerProcesses
 
 COMPLETED = "finished:completed"
+STATUS_POLL = 2.0  # seconds; each question starts a process
 
 
 def run_through(flower: FlowerProcesses, job: Job, folder: Path, clientapp: str, watcher: Watcher, *options: str) -> None:
@@ -24,32 +25,44 @@ def run_through(flower: FlowerProcesses, job: Job, folder: Path, clientapp: str,
     bundle = make_bundle(flower.folder / "bundle", "server.app:app", clientapp)
     config = flower.folder / "run.toml"
     config.write_text(tomli_w.dumps({"job": job.model_dump_json(), "folder": str(folder.absolute())}), encoding="utf-8")
-    command = ["flwr", "run", str(bundle), CONNECTION, "--stream", "--run-config", str(config), *options]
-    submitted = flower.start("run", command)
     progress = Progress(folder / "metrics.jsonl", watcher)
+    submitted = flower.start("run", ["flwr", "run", str(bundle), CONNECTION, "--stream", "--run-config", str(config), *options])
     while submitted.poll() is None:
         flower.check()
         progress.show()
         time.sleep(POLL)
-    status, details = outcome(flower)
-    progress.show()
+    status, details = ended(flower, progress)
     if status != COMPLETED:
         raise RoundFailed(f"the run through Flower ended as {status}: {details or flower.log('run').read_text()[-2000:]}")
 
 
-def outcome(flower: FlowerProcesses) -> tuple[str, str]:
-    """Status and details of the run that was submitted last. Raises FedtuneError when Flower took none."""
-    said = flower.log("run").read_text(errors="replace")
+def ended(flower: FlowerProcesses, progress: Progress) -> tuple[str, str]:
+    """Status and details of the run that was submitted last, once it has ended: its stream of logs may have broken before."""
+    run = run_id(flower.log("run").read_text(errors="replace"))
+    while not (status := status_of(flower, run))[0].startswith("finished"):
+        flower.check()
+        progress.show()
+        time.sleep(STATUS_POLL)
+    progress.show()
+    return status
+
+
+def run_id(said: str) -> str:
+    """From what `flwr run` printed. Raises FedtuneError when Flower did not take the run."""
     started = re.search(r"started run (\d+)", said)
     if started is None:
         raise FedtuneError(f"Flower did not take the run: {said[-2000:]}")
-    command = ["flwr", "list", CONNECTION, "--run-id", started[1], "--format", "json"]
+    return started[1]
+
+
+def status_of(flower: FlowerProcesses, run: str) -> tuple[str, str]:
+    command = ["flwr", "list", CONNECTION, "--run-id", run, "--format", "json"]
     listed = subprocess.run(command, env=flower.environment, cwd=flower.folder, capture_output=True, text=True, check=False)
     try:
-        run = json.loads(listed.stdout)["runs"][0]
+        found = json.loads(listed.stdout)["runs"][0]
     except (ValueError, LookupError) as error:
-        raise FedtuneError(f"Flower does not say how the run ended: {listed.stdout}{listed.stderr}") from error
-    return str(run["status"]), re.sub(r"^\w+ failed with exception: ", "", str(run["status-details"] or ""))
+        raise FedtuneError(f"Flower does not say how the run stands: {listed.stdout}{listed.stderr}") from error
+    return str(found["status"]), re.sub(r"^\w+ failed with exception: ", "", str(found["status-details"] or ""))
 
 
 class Progress:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import tempfile
+import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from fedtune.errors import RoundFailed
+from fedtune.errors import JobError, RoundFailed
 from fedtune.job import Job, checked_job
+from server.app import job_of, wait_for_clients
+from server.bundle import make_bundle
 from server.records import RoundRecord
 from server.watchers import Quiet
 from simulations.engine import simulate
@@ -41,6 +45,49 @@ class Rounds(Quiet):
 
     def round_ended(self, record: RoundRecord) -> None:
         self.records.append(record)
+
+
+class Nodes:
+    """As much of a Grid as the wait for clients needs: one more node is connected at every look, up to `most`."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.looks = most, 0
+
+    def get_node_ids(self) -> range:
+        self.looks += 1
+        return range(min(self.looks - 1, self.most))
+
+
+def test_the_run_starts_when_the_last_client_is_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    wait_for_clients(Nodes(most=9), wanted=6, timeout=60)
+    assert slept == [0.05, 0.1, 0.2, 0.4, 0.5, 0.5]  # doubled up to half a second, while 0, 1, ... 5 are there
+
+
+def test_clients_that_do_not_come_end_the_run_with_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    clock = iter(range(100))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    with pytest.raises(RoundFailed, match="2 of 3 clients connected within 5 s"):
+        wait_for_clients(Nodes(most=2), wanted=3, timeout=5)
+
+
+def test_the_job_comes_from_the_run_s_config() -> None:
+    job = small_job()
+    assert job_of(job.model_dump_json()) == job
+    with pytest.raises(JobError, match="not JSON, given ''"):
+        job_of("")
+    with pytest.raises(JobError, match="unknown key 'sede', did you mean 'seed'"):
+        job_of('{"sede": 1}')
+
+
+def test_the_bundle_holds_no_code_and_declares_what_a_run_may_set(tmp_path: Path) -> None:
+    folder = make_bundle(tmp_path / "bundle", "server.app:app", "client.app:app")
+    assert [file.name for file in folder.iterdir()] == ["pyproject.toml"]
+    app = tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    assert app["components"] == {"serverapp": "server.app:app", "clientapp": "client.app:app"}
+    assert app["config"] == {"job": "", "folder": ""}
 
 
 @pytest.fixture
