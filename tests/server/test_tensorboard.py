@@ -37,6 +37,14 @@ def test_each_round_is_on_disk_when_it_has_ended(tmp_path: Path) -> None:
     assert written["metrics/perplexity"] == [(0, pytest.approx(54.5))]
 
 
+def test_the_newest_of_many_rounds_is_on_disk_at_once(tmp_path: Path) -> None:
+    clients = {str(number): ClientRecord(loss=1.0) for number in range(300)}
+    with TensorBoard(tmp_path) as events:
+        events.round_ended(RoundRecord(1, clients=clients))  # more than the writer's queue lets through in passing
+        size = sum(path.stat().st_size for path in (tmp_path / "events").iterdir())
+    assert size == sum(path.stat().st_size for path in (tmp_path / "events").iterdir())
+
+
 def test_a_client_of_any_name_is_written(tmp_path: Path) -> None:
     clients = {"<b> é/x": ClientRecord(loss=1.0), "": ClientRecord(loss=2.0)}
     with TensorBoard(tmp_path) as events:
