@@ -204,10 +204,11 @@ class Fake:
     def __init__(self, job: dict[str, int]) -> None:
         if job["seed"] < 0:
             raise JobError("a negative seed")
-        self.seed = job["seed"]
+        self.seed, self.asked = job["seed"], 0
 
     def answer(self, ask: Envelope) -> Envelope:
-        return Envelope({"seed": self.seed, "trainer": id(self)})
+        self.asked += 1
+        return Envelope({"seed": self.seed, "asked": self.asked})
 
 
 def hello(seed: int) -> Envelope:
@@ -221,9 +222,8 @@ def test_an_ask_before_any_hello_is_refused_with_words() -> None:
 
 def test_the_trainer_stays_between_asks_and_hellos_of_the_same_job() -> None:
     resident = Resident(Fake)
-    first = resident.answer(hello(3))
-    assert first.header["seed"] == 3
-    assert resident.answer(ASK) == resident.answer(hello(3)) == first
+    asked = [resident.answer(ask).header["asked"] for ask in (hello(3), ASK, hello(3), ASK)]
+    assert asked == [1, 2, 3, 4]
 
 
 def test_another_job_brings_another_trainer() -> None:
