@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from fedtune.base import CLASSES, model_config, model_folder
 from fedtune.errors import ModelError
@@ -28,6 +29,7 @@ def load_tokenizer(job: Job) -> PreTrainedTokenizerBase:
 
 def load_base(job: Job, device: torch.device) -> nn.Module:
     """The base model in the job's dtype, quantised where it says so. Raises ModelError."""
+    logging.disable_progress_bar()
     folder = model_folder(job.model)
     dtypes = {
         "auto": torch.bfloat16 if device.type == "cuda" else torch.float32,

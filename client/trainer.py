@@ -18,7 +18,7 @@ from client.data.sources import Source, clients_in
 from client.local import Local
 from client.model import ResidentModel
 from fedtune.envelope import Envelope
-from fedtune.errors import ClientFailed, FedtuneError
+from fedtune.errors import ClientFailed, DataError, FedtuneError, nearest
 from fedtune.job import Clients, Job
 from fedtune.memory import Memory
 from fedtune.strategy import Answer, Ask
@@ -50,8 +50,7 @@ class Trainer:
         local_model = job.model.model_copy(update={"path": model} if model else {})
         local_data = job.data.model_copy(update={"path": data} if data else {})
         job = job.model_copy(update={"model": local_model, "data": local_data})
-        found = clients_in(job.data, Clients())
-        source = found.get(client) or next(iter(found.values()))
+        source = _own_source(client, clients_in(job.data, Clients()))
         if directory:
             directory.mkdir(parents=True, exist_ok=True)
         return cls(job, {client: source}, directory)
@@ -111,6 +110,14 @@ class Trainer:
             path = self._directory / f"memory-{client}.safetensors" if self._directory else None
             self._memory[client] = Memory.open(path) if path else Memory()
         return self._memory[client]
+
+
+def _own_source(client: str, found: Mapping[str, Source]) -> Source:
+    """The client's own among those in the data; data of one client needs not bear its name."""
+    if client not in found and len(found) > 1:
+        hint = nearest(client, found)
+        raise DataError(f"the data holds {', '.join(found)}, but no client '{client}'{hint}; name one of them with --client")
+    return found.get(client) or next(iter(found.values()))
 
 
 def with_labels(job: Job, sources: Mapping[str, Source]) -> Job:

@@ -5,36 +5,48 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from fedtune.job import Job
 from server.records import Comparison, RoundRecord
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 
 class TensorBoard:
-    """Writes `folder/events/`. Each round is on disk when `round_ended` returns."""
+    """Writes `folder/events/`, from its first round. Each round is on disk when `round_ended` returns."""
 
     def __init__(self, folder: Path):
-        # torch.utils.tensorboard takes seconds to import: only those who want the events pay for it.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder / "events"))
+        self._folder = folder
+        self._open: SummaryWriter | None = None
 
     def __enter__(self) -> TensorBoard:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._writer.close()
+        if self._open is not None:
+            self._open.close()
 
     def started(self, job: Job, clients: Mapping[str, int]) -> None: ...
 
     def doing(self, what: str, done: int, total: int) -> None: ...
 
     def round_ended(self, record: RoundRecord) -> None:
+        writer = self._writer()
         for tag, value in _scalars(record):
-            self._writer.add_scalar(tag, value, record.round)
-        self._writer.flush()
+            writer.add_scalar(tag, value, record.round)
+        writer.flush()
 
     def compared(self, comparison: Comparison) -> None: ...
+
+    def _writer(self) -> SummaryWriter:
+        """Opened at the first record: before that the run folder is not ours to write into."""
+        if self._open is None:
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+            self._open = SummaryWriter(str(self._folder / "events"))
+        return self._open
 
 
 def _scalars(record: RoundRecord) -> Iterator[tuple[str, float]]:

@@ -1,0 +1,16 @@
+"""The command `fedtune`. The commands themselves are in simulations/commands.py, which may import everything."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from fedtune.paths import put_app_on_path
+
+
+def main() -> None:
+    put_app_on_path()
+    import_module("simulations.commands").main()
+
+
+if __name__ == "__main__":
+    main()

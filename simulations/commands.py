@@ -1,0 +1,151 @@
+"""The command line: `fedtune simulate`, `strategies`, `report`, `--version`. Heavy imports wait until they are needed.
+
+Exit codes: 0 done, 1 the run failed, 2 something that the user must mend, 130 stopped with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from fedtune import __version__
+from fedtune.errors import FedtuneError, RunFolderError, UserError
+from fedtune.paths import app_root
+
+if TYPE_CHECKING:
+    from fedtune.job import Job
+    from server.records import Watcher
+
+app = typer.Typer(name="fedtune", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+SCENARIOS = app_root() / "simulations" / "scenarios"
+
+
+class Engine(StrEnum):
+    process = "process"
+    flower = "flower"
+
+
+def main() -> None:
+    """Run the command line; every error that is ours ends in one line."""
+    warnings.filterwarnings("ignore", ".is_gradient_checkpointing", FutureWarning)  # peft's, about a name in transformers
+    with one_line_errors():
+        app()
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        _complain(error, 2)
+    except FedtuneError as error:
+        _complain(error, 1)
+    except KeyboardInterrupt:
+        typer.echo("fedtune: stopped; finished rounds are in the run folder, `adapter` leads to the last one", err=True)
+        sys.exit(130)
+
+
+def _complain(error: FedtuneError, code: int) -> None:
+    typer.echo(f"fedtune: {error}", err=True)
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    """Federated fine-tuning of language models: simulate many clients here, or run the same job across machines."""
+    if show:
+        typer.echo(f"fedtune {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def simulate(
+    job: Annotated[str, typer.Argument(help="A job file, or the name of a scenario that is shipped: demo.")],
+    out: Annotated[Path | None, typer.Option(help="Run folder; absent is runs/<name of the job>.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value for any key of the job, as often as needed.")
+    ] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="process: all clients in this process; flower: Flower's, on Ray.")
+    ] = Engine.process,
+    overwrite: Annotated[bool, typer.Option(help="Replace a run that is in the run folder.")] = False,
+) -> None:
+    """Run a job with all its clients on this machine."""
+    from fedtune.job import load_job
+
+    checked = load_job(_job_file(job), set_ or [])
+    folder = out or Path("runs") / checked.name
+    _make_way(folder, overwrite)
+    from server.table import LiveTable
+    from server.tensorboard import TensorBoard
+    from server.watchers import Several
+
+    with LiveTable(Console()) as table, TensorBoard(folder) as events:
+        _run(checked, folder, engine, Several([table, events]))
+    _finish(folder)
+
+
+@app.command()
+def strategies() -> None:
+    """List the methods that a job can name, with their settings."""
+    from dataclasses import fields
+
+    from rich.table import Table
+
+    from fedtune.registry import known, strategy_class
+
+    table = Table("strategy", "what it does", "settings (default)", box=None, header_style="bold")
+    for name in known():
+        cls = strategy_class(name)
+        settings = ", ".join(f"{field.name} ({field.default})" for field in fields(cls)) or "none"  # type: ignore[arg-type]
+        table.add_row(name, (cls.__doc__ or "").strip().partition("\n")[0], settings)
+    Console().print(table)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write the report of a run again: report.html in its folder."""
+    from server.report import write_report
+
+    typer.echo(f"report: {write_report(folder)}")
+
+
+def _run(job: Job, folder: Path, engine: Engine, watcher: Watcher) -> None:
+    if engine is Engine.flower:
+        from simulations.flower_engine import run_with_flower
+
+        run_with_flower(job, folder, watcher)
+    else:
+        from simulations.engine import simulate_and_compare
+
+        simulate_and_compare(job, folder, watcher)
+
+
+def _finish(folder: Path) -> None:
+    from server.report import write_report
+
+    typer.echo(f"report:  {write_report(folder)}\nadapter: {folder / 'adapter'}")
+
+
+def _job_file(job: str) -> Path:
+    scenario = SCENARIOS / f"{job}.toml"
+    return scenario if scenario.is_file() and not Path(job).exists() else Path(job)
+
+
+def _make_way(folder: Path, overwrite: bool) -> None:
+    from server.run_folder import require_free
+
+    if overwrite and folder.exists():
+        if not (folder / "job.toml").is_file():
+            raise RunFolderError(f"{folder} is not a run folder, so --overwrite does not touch it; name another with --out")
+        shutil.rmtree(folder)
+    require_free(folder)
