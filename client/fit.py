@@ -71,7 +71,7 @@ def accumulate(resident: ResidentModel, batch: Sequence[Example], micro_batch: i
 
     Every token weighs the same whatever micro-batch it falls into, so cutting a batch changes nothing but memory.
     """
-    learnt = sum(learnt_labels(example) for example in batch)
+    learnt = sum(example.learnt for example in batch) if resident.causal else len(batch)
     total = torch.zeros((), device=resident.device)
     for start in range(0, len(batch), micro_batch):
         part = batch[start : start + micro_batch]
@@ -82,11 +82,6 @@ def accumulate(resident: ResidentModel, batch: Sequence[Example], micro_batch: i
         loss.backward()
         total += loss.detach()
     return total
-
-
-def learnt_labels(example: Example) -> int:
-    """How many tokens of the example are predicted; a first token never is."""
-    return sum(label != -100 for label in example.labels[1:])
 
 
 @torch.no_grad()
