@@ -57,3 +57,7 @@ def test_the_order_of_the_files_does_not_matter(sizes):
 def test_nothing_held_out():
     assert held_out_files({"a.py": 300, "b.py": 300}, 0.0) == set()
     assert held_out_files({"a.py": 300}, 0.2) == set()
+
+
+def test_never_all_files_even_where_that_would_be_nearest():
+    assert len(held_out_files({"a.py": 300, "b.py": 300}, 0.99)) == 1  # 594 of 600 bytes are wanted
