@@ -56,7 +56,7 @@ class FLoRA(Strategy):
         capped = {path: lora.refactor(stack, self.max_rank, ROW_NORM) for path, stack in stacks.items()}
         adapter = Adapter(
             lora={path: pair for path, (pair, _) in capped.items()},
-            dense={**state.adapter.dense, **adapter_of(answers.mean([Role.DENSE])).dense},
+            dense={**state.adapter.dense, **answers.mean([Role.DENSE]).tensors},
             base=state.adapter.base,
         )
         return replace(state, adapter=adapter, metrics={"discarded_energy": max(lost for _, lost in capped.values())})
