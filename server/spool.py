@@ -8,15 +8,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from fedtune.envelope import Envelope, WireTensor
-from fedtune.payload import Payload, Role
-from fedtune.strategy import Answer, Answers, Fold
+from fedtune.folding import FoldedAnswers
+from fedtune.strategy import Fold
 from fedtune.wire import unpack_answer
 
 
@@ -57,42 +54,8 @@ class Spool:
         return self._folder / (client.encode().hex() + ".answer")
 
 
-class SpooledAnswers(Answers):
+class SpooledAnswers(FoldedAnswers):
     """What a strategy gets back: the spooled answers, read one at a time."""
 
     def __init__(self, spool: Spool, weights: Mapping[str, float], fold: Fold) -> None:
-        total = sum(weights[client] for client in sorted(weights))
-        self._shares = {client: weights[client] / total for client in sorted(weights)}
-        self._spool, self._fold = spool, fold
-
-    @property
-    def weights(self) -> Mapping[str, float]:
-        return self._shares
-
-    def mean(self, roles: Collection[Role] | None = None) -> Payload:
-        return weighted_mean(self._read(), roles)
-
-    def __iter__(self) -> Iterator[tuple[str, float, Answer]]:
-        if self._fold is not Fold.EACH:
-            raise TypeError("this ask declared Fold.SUM: use mean(), or yield Ask(..., fold=Fold.EACH) to see each answer")
-        return self._read()
-
-    def _read(self) -> Iterator[tuple[str, float, Answer]]:
-        for client, share in self._shares.items():
-            yield client, share, unpack_answer(self._spool.get(client))
-
-
-def weighted_mean(answers: Iterator[tuple[str, float, Answer]], roles: Collection[Role] | None = None) -> Payload:
-    """`sum_i share_i payload_i` in float64, one answer at a time; float32 at the end. Integers become float32 too."""
-    tensors: dict[str, Tensor] = {}
-    scalars: dict[str, float] = {}
-    kinds: dict[str, Role] = {}
-    for _, share, answer in answers:
-        for name, tensor in answer.payload.tensors.items():
-            if roles is None or answer.payload.roles[name] in roles:
-                sum_so_far = tensors.get(name)
-                tensors[name] = share * tensor.double() if sum_so_far is None else sum_so_far.add_(tensor.double(), alpha=share)
-                kinds[name] = answer.payload.roles[name]
-        for name, value in answer.payload.scalars.items():
-            scalars[name] = scalars.get(name, 0.0) + share * value
-    return Payload({name: tensor.to(torch.float32) for name, tensor in tensors.items()}, kinds, scalars)
+        super().__init__(weights, fold, lambda client: unpack_answer(spool.get(client)))

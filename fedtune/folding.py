@@ -1,0 +1,59 @@
+"""The fold: answers are read one at a time in the order of client ids, so the same answers give the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from fedtune.errors import RoundFailed
+from fedtune.payload import Payload, Role
+from fedtune.strategy import Answer, Answers, Fold
+
+
+class FoldedAnswers(Answers):
+    """What a strategy gets back. `read` fetches one client's answer from wherever it lies, each time that it is needed."""
+
+    def __init__(self, weights: Mapping[str, float], fold: Fold, read: Callable[[str], Answer]) -> None:
+        self._shares, self._fold, self._fetch = shares(weights), fold, read
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        return self._shares
+
+    def mean(self, roles: Collection[Role] | None = None) -> Payload:
+        return weighted_mean(self._read(), roles)
+
+    def __iter__(self) -> Iterator[tuple[str, float, Answer]]:
+        if self._fold is not Fold.EACH:
+            raise TypeError("this ask declared Fold.SUM: use mean(), or yield Ask(..., fold=Fold.EACH) to see each answer")
+        return self._read()
+
+    def _read(self) -> Iterator[tuple[str, float, Answer]]:
+        for client, share in self._shares.items():
+            yield client, share, self._fetch(client)
+
+
+def shares(weights: Mapping[str, float]) -> dict[str, float]:
+    """Each client's part of the whole, in the order of ids. Raises RoundFailed where there is nothing to divide."""
+    total = sum(weights[client] for client in sorted(weights))
+    if not total > 0:
+        raise RoundFailed(f"there is nothing to average: the weights of the clients that answered are {dict(weights)}")
+    return {client: weights[client] / total for client in sorted(weights)}
+
+
+def weighted_mean(answers: Iterable[tuple[str, float, Answer]], roles: Collection[Role] | None = None) -> Payload:
+    """`sum_i share_i payload_i` in float64, one answer at a time; float32 at the end. Integers become float32 too."""
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, float] = {}
+    kinds: dict[str, Role] = {}
+    for _, share, answer in answers:
+        for name, tensor in answer.payload.tensors.items():
+            if roles is None or answer.payload.roles[name] in roles:
+                sum_so_far = tensors.get(name)
+                tensors[name] = share * tensor.double() if sum_so_far is None else sum_so_far.add_(tensor.double(), alpha=share)
+                kinds[name] = answer.payload.roles[name]
+        for name, value in answer.payload.scalars.items():
+            scalars[name] = scalars.get(name, 0.0) + share * value
+    return Payload({name: tensor.to(torch.float32) for name, tensor in tensors.items()}, kinds, scalars)
