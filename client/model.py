@@ -8,7 +8,7 @@ second, frozen adapter.
 from __future__ import annotations
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -45,8 +45,10 @@ class ResidentModel:
 
     def load(self, adapter: Adapter, merged: Adapter, frozen: frozenset[str]) -> None:
         """Swap in an adapter and what is merged below it; modules that `adapter` does not name get an empty pair."""
+        if self.quantized and merged.lora and CORRECTION not in self.peft.peft_config:
+            self._add_correction()
         for path, layer in self.lora.items():
-            pair = adapter.lora.get(path) or Factors(torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0), 1.0)
+            pair = adapter.lora.get(path) or _empty(layer)
             self._put(layer, "default", pair, train_a="A" not in frozen, train_b="B" not in frozen)
         for name, parameter in self.dense.items():
             if name in adapter.dense:
@@ -95,14 +97,21 @@ class ResidentModel:
         weight.data.copy_(lora.merged(pristine, pairs, transposed=layer.fan_in_fan_out))
 
     def _merge_beside(self, path: str, layer: LoraLayer, pairs: list[Factors]) -> None:
-        if CORRECTION not in self.peft.peft_config:
-            default: LoraConfig = self.peft.peft_config["default"]
-            self.peft.add_adapter(
-                CORRECTION, LoraConfig(r=1, target_modules=default.target_modules, task_type=default.task_type)
-            )
-            self.peft.base_model.set_adapter(["default", CORRECTION])
-        nothing = Factors(torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0), 1.0)
-        self._put(layer, CORRECTION, pairs[0] if pairs else nothing, train_a=False, train_b=False)
+        self._put(layer, CORRECTION, pairs[0] if pairs else _empty(layer), train_a=False, train_b=False)
+
+    def _add_correction(self) -> None:
+        """A second slot in every module: empty, frozen and always on."""
+        own: LoraConfig = self.peft.peft_config["default"]
+        config = LoraConfig(r=1, target_modules=own.target_modules, fan_in_fan_out=own.fan_in_fan_out)
+        PeftModel.add_adapter(self.peft, CORRECTION, config)  # a classifier's own add_adapter would add a second head
+        self.peft.base_model.set_adapter(["default", CORRECTION])
+        for path, layer in self.lora.items():
+            self._merge_beside(path, layer, [])
+
+
+def _empty(layer: LoraLayer) -> Factors:
+    """The pair that adds nothing."""
+    return Factors(torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0), 1.0)
 
 
 def _same(one: dict[str, Factors], other: dict[str, Factors]) -> bool:

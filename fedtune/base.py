@@ -18,6 +18,7 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from fedtune.adapter import Adapter, Factors
 from fedtune.errors import ModelError, nearest
@@ -99,12 +100,15 @@ def whole(alpha: float) -> int:
 
 def attach(job: Job, base: nn.Module) -> PeftModel:
     """PEFT's model with the job's adapter. Raises ModelError when no module matches, naming those that could."""
+    config = lora_config(job)
+    config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in base.modules())
     try:
-        return get_peft_model(base, lora_config(job))
+        return get_peft_model(base, config)
     except ValueError as error:
         if "target modules" not in str(error).lower():
             raise
-        names = sorted({name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, nn.Linear)})
+        linear = (name for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
+        names = sorted({name.rpartition(".")[2] for name in linear})
         targets = job.adapter.targets
         hint = nearest(targets if isinstance(targets, str) else targets[0], names)
         raise ModelError(
@@ -135,6 +139,7 @@ class Blueprint:
     adapter: Adapter  # as the first round starts: A drawn from the seed, B = 0
     targets: tuple[str, ...]
     modules_to_save: tuple[str, ...]
+    transposed: bool = False  # the model keeps its weights as (k, d), as GPT-2 does
 
 
 def blueprint(job: Job) -> Blueprint:
@@ -151,6 +156,7 @@ def blueprint(job: Job) -> Blueprint:
         Adapter(lora, dense, base_hash(folder)),
         tuple(sorted(config.target_modules or ())),
         tuple(sorted({name.rpartition(".")[0].rpartition(".")[2] for name in dense})),
+        config.fan_in_fan_out,
     )
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 
@@ -34,7 +34,7 @@ class Memory(MutableMapping[str, Tensor]):
     def save(self, path: Path) -> None:
         """Atomic: a crash leaves the old file or the new one."""
         temporary = path.with_suffix(".tmp")
-        save_file(self._tensors, temporary)
+        temporary.write_bytes(save(self._tensors))
         os.replace(temporary, path)
 
     @classmethod

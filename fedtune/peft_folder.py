@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from fedtune.adapter import Adapter, Factors
@@ -29,7 +29,8 @@ def write_adapter(folder: Path, adapter: Adapter, job: Job, blueprint: Blueprint
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     peft_config(adapter, job, blueprint).save_pretrained(str(temporary))
-    save_file(peft_tensors(adapter), temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+    # not save_file: on a full disk that raises an error of its own, which is no OSError
+    (temporary / "adapter_model.safetensors").write_bytes(save(peft_tensors(adapter), metadata={"format": "pt"}))
     (temporary / "fedtune.json").write_text(json.dumps(dict(provenance), indent=2) + "\n", encoding="utf-8")
     (temporary / "README.md").write_text(_card(job, provenance), encoding="utf-8")
     if folder.exists():
@@ -80,6 +81,7 @@ def peft_config(adapter: Adapter, job: Job, blueprint: Blueprint) -> LoraConfig:
         alpha_pattern={path: a for path, a in alphas.items() if a != alpha},
         target_modules=list(blueprint.targets),
         modules_to_save=list(blueprint.modules_to_save) or None,
+        fan_in_fan_out=blueprint.transposed,
         lora_dropout=job.adapter.dropout,
         inference_mode=True,
     )
