@@ -15,7 +15,7 @@ from server import report_clients as clients
 from server import report_figures as figures
 from server import report_units as units
 from server import report_view as view
-from server.report_folder import RunFolder, read_run
+from server.report_folder import RecordedRun, read_run
 
 NAME = "report.html"
 FAILURES_SHOWN = 200
@@ -32,7 +32,7 @@ def write_report(folder: Path) -> Path:
     return target
 
 
-def render(run: RunFolder) -> str:
+def render(run: RecordedRun) -> str:
     failures = figures.failures(run.rounds)
     names = figures.client_names(run.rounds)
     return (
@@ -60,7 +60,7 @@ def render(run: RunFolder) -> str:
     )
 
 
-def loading_lines(run: RunFolder) -> str:
+def loading_lines(run: RecordedRun) -> str:
     """Three lines of Python that load the adapter, typed in the run folder."""
     model = view.section(run.job, "model")
     base = run.base_model or str(model.get("path", "the base model"))

@@ -17,7 +17,7 @@ _ROUND, _COMPARISON = TypeAdapter(RoundRecord), TypeAdapter(Comparison)
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class RecordedRun:
     name: str
     rounds: list[RoundRecord]
     comparison: Comparison | None = None
@@ -27,13 +27,13 @@ class RunFolder:
     notes: tuple[str, ...] = ()
 
 
-def read_run(folder: Path) -> RunFolder:
+def read_run(folder: Path) -> RecordedRun:
     """Raises RunFolderError where there is nothing to report."""
     notes: list[str] = []
     rounds = _rounds(folder, notes)
     job_text, job = _job(folder, notes)
     name = str(job.get("name", folder.resolve().name))
-    return RunFolder(name, rounds, _comparison(folder, notes), job_text, job, _base_model(folder), tuple(notes))
+    return RecordedRun(name, rounds, _comparison(folder, notes), job_text, job, _base_model(folder), tuple(notes))
 
 
 def _rounds(folder: Path, notes: list[str]) -> list[RoundRecord]:

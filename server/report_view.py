@@ -11,7 +11,7 @@ from server import report_figures as figures
 from server import report_units as units
 from server.records import Comparison, RoundRecord
 from server.report_clients import SHOWN
-from server.report_folder import RunFolder
+from server.report_folder import RecordedRun
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Headline:
     note: str
 
 
-def lede(run: RunFolder) -> str:
+def lede(run: RecordedRun) -> str:
     """What ran, in one line."""
     method = section(run.job, "strategy").get("name") or run.job.get("strategy")
     rounds, clients = run.rounds[-1].round, len(figures.client_names(run.rounds))
@@ -41,11 +41,11 @@ def metric_names(rounds: Sequence[RoundRecord]) -> list[str]:
     return sorted({name for r in rounds for name in r.metrics} - {"perplexity", "loss"})
 
 
-def headlines(run: RunFolder) -> list[Headline]:
+def headlines(run: RecordedRun) -> list[Headline]:
     return [_loss(run), _traffic(run.rounds), _time(run), _answers(run.rounds)]
 
 
-def _loss(run: RunFolder) -> Headline:
+def _loss(run: RecordedRun) -> Headline:
     ends = figures.first_and_last(r.loss for r in run.rounds)
     last = figures.last(r.loss for r in run.rounds)
     note = f"perplexity {units.perplexity(last)}" if last is not None else "not measured"
@@ -64,7 +64,7 @@ def _traffic(rounds: Sequence[RoundRecord]) -> Headline:
     return Headline("bytes per client and round", units.size(sum(mean)), note)
 
 
-def _time(run: RunFolder) -> Headline:
+def _time(run: RecordedRun) -> Headline:
     training = [r.seconds for r in run.rounds if r.round > 0]
     mean = f"{units.duration(sum(training) / len(training))} a round" if training else "no training round yet"
     return Headline("time", units.duration(sum(r.seconds for r in run.rounds)), mean)
@@ -75,7 +75,7 @@ def _answers(rounds: Sequence[RoundRecord]) -> Headline:
     return Headline("failures", units.count(failed), f"of {units.count(asked)} times that a client was asked")
 
 
-def loss_chart(run: RunFolder) -> charts.Chart | None:
+def loss_chart(run: RecordedRun) -> charts.Chart | None:
     values = {r.round: units.known(r.loss) for r in run.rounds}
     found = [value for _, value in charts.measured(values)]
     if not found:

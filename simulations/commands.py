@@ -120,14 +120,17 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
 
 
 def _run(job: Job, folder: Path, engine: Engine, watcher: Watcher) -> None:
-    if engine is Engine.flower:
-        from simulations.flower_engine import run_with_flower
+    from simulations import engine as in_process
 
-        run_with_flower(job, folder, watcher)
-    else:
-        from simulations.engine import simulate_and_compare
+    if engine is Engine.process:
+        in_process.simulate(job, folder, watcher)
+        return
+    from simulations.flower_engine import run_with_flower
 
-        simulate_and_compare(job, folder, watcher)
+    in_process.require_comparable(job)
+    run_with_flower(job, folder, watcher)
+    if job.compare:
+        in_process.compare_with(in_process.resident_trainer(job, watcher), folder, watcher)
 
 
 def _finish(folder: Path) -> None:

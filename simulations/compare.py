@@ -18,17 +18,16 @@ from client.fit import fit
 from client.trainer import Trainer
 from fedtune.adapter import Adapter
 from fedtune.base import blueprint
-from server.coordinator import RunResult
-from server.records import Comparison, Watcher
+from server.records import Comparison, RoundRecord, Watcher
 
 T = TypeVar("T")
 
 
-def compare(trainer: Trainer, result: RunResult, watcher: Watcher) -> Comparison:
-    """Train the baselines after a finished run. Needs a run that evaluated its last round and round 0."""
+def compare(trainer: Trainer, records: Sequence[RoundRecord], watcher: Watcher) -> Comparison:
+    """Train the baselines after a finished run, whose rounds, from round 0 on, were all evaluated."""
     clients = trainer.clients
     start = blueprint(trainer.job).adapter
-    seconds = {"base": result.records[0].seconds, "federated": sum(record.seconds for record in result.records[1:])}
+    seconds = {"base": records[0].seconds, "federated": sum(record.seconds for record in records[1:])}
 
     def alone() -> Iterator[tuple[str, float]]:
         for number, client in enumerate(clients):
@@ -38,9 +37,9 @@ def compare(trainer: Trainer, result: RunResult, watcher: Watcher) -> Comparison
     losses_alone, seconds["alone"] = _timed(lambda: dict(alone()))
     watcher.doing("central training", 0, 1)
     pooled = list(chain.from_iterable(trainer.data(client).train for client in clients))
-    steps = steps_central(trainer, result)
+    steps = steps_central(trainer, records)
     central, seconds["central"] = _timed(lambda: _trained_loss(trainer, start, pooled, steps, "central"))
-    comparison = Comparison(_loss(result, 0), losses_alone, _loss(result, -1), central, seconds)
+    comparison = Comparison(_loss(records, 0), losses_alone, _loss(records, -1), central, seconds)
     watcher.compared(comparison)
     return comparison
 
@@ -49,9 +48,9 @@ def steps_alone(trainer: Trainer, client: str) -> int:
     return trainer.job.rounds.count * trainer.local(client, 1).steps()
 
 
-def steps_central(trainer: Trainer, result: RunResult) -> int:
+def steps_central(trainer: Trainer, records: Sequence[RoundRecord]) -> int:
     """As many steps of the job's batch as make up the examples that all clients saw."""
-    examples = sum(client.examples for record in result.records for client in record.clients.values())
+    examples = sum(client.examples for record in records for client in record.clients.values())
     return round(examples / trainer.job.train.batch)
 
 
@@ -71,8 +70,8 @@ def everybodys_loss(trainer: Trainer) -> float:
     return sum(f["loss"] * f["tokens"] for f in figures) / sum(f["tokens"] for f in figures)
 
 
-def _loss(result: RunResult, number: int) -> float:
-    loss = result.records[number].loss
+def _loss(records: Sequence[RoundRecord], number: int) -> float:
+    loss = records[number].loss
     assert loss is not None, "a comparison needs rounds that were evaluated"
     return loss
 

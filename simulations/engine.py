@@ -10,26 +10,33 @@ from fedtune.job import Job
 from server.coordinator import RunResult, run_job
 from server.records import Watcher
 from server.run_folder import RunFolder, require_free
+from server.report_folder import read_run
 from simulations.compare import compare
 from simulations.grid import InProcessGrid
 
 
 def simulate(job: Job, folder: Path, watcher: Watcher) -> RunResult:
-    """Play the whole job here. What is wrong with the job, the model or any client's data ends it before the first step."""
-    require_free(folder)
-    return run_simulation(resident_trainer(job, watcher), folder, watcher)
+    """Play the whole job here, and the baselines where it says `compare`.
 
-
-def simulate_and_compare(job: Job, folder: Path, watcher: Watcher) -> RunResult:
-    """`simulate`, and then, where the job says `compare`, the baselines on the same resident model."""
-    if job.compare and job.rounds.evaluate_every != 1:
-        raise JobError(f"compare = true needs every round evaluated, given rounds.evaluate_every = {job.rounds.evaluate_every}")
+    What is wrong with the job, the model or any client's data ends it before the first step.
+    """
     require_free(folder)
+    require_comparable(job)
     trainer = resident_trainer(job, watcher)
     result = run_simulation(trainer, folder, watcher)
     if job.compare:
-        RunFolder(folder).compared(compare(trainer, result, watcher))
+        compare_with(trainer, folder, watcher)
     return result
+
+
+def compare_with(trainer: Trainer, folder: Path, watcher: Watcher) -> None:
+    """Measure the baselines for the finished run in `folder`, and write them there."""
+    RunFolder(folder).compared(compare(trainer, read_run(folder).rounds, watcher))
+
+
+def require_comparable(job: Job) -> None:
+    if job.compare and job.rounds.evaluate_every != 1:
+        raise JobError(f"compare = true needs every round evaluated, given rounds.evaluate_every = {job.rounds.evaluate_every}")
 
 
 def resident_trainer(job: Job, watcher: Watcher) -> Trainer:
