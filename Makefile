@@ -1,0 +1,59 @@
+# Everything that one types here. Targets run in the environment of PYTHON where this checkout is installed in it with
+# its tools; elsewhere in VENV, which is made first. Another Python: make test PYTHON=python3.13
+
+SHELL := bash
+PYTHON ?= python3
+VENV ?= .venv
+
+# The programs of PYTHON's environment, or nothing. -P: the folder `fedtune` beside this file is no installation.
+ACTIVE := $(shell $(PYTHON) -P -c "import os, sys, importlib.util as u; u.find_spec('pytest') \
+	and os.path.samefile(u.find_spec('fedtune').origin, 'fedtune/__init__.py') and print(os.path.dirname(sys.executable))" 2>/dev/null)
+BIN := $(or $(ACTIVE),$(abspath $(VENV))/bin)
+READY := $(if $(ACTIVE),,$(VENV)/ready)
+export PATH := $(BIN):$(PATH)
+
+define LOAD
+from fedtune.paths import base_model
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained(base_model())
+model = PeftModel.from_pretrained(base, "runs/demo/adapter")
+tokenizer = AutoTokenizer.from_pretrained(base_model())
+endef
+export LOAD
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench stubs
+
+help:
+	@echo "make <target>, one of:"
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST)
+
+demo: $(READY)  ## fine-tune a small language model across eight clients on this machine, into runs/demo
+	fedtune simulate demo --out runs/demo --overwrite
+	@printf '\nThe adapter in Python:\n\n%s\n\n' "$$LOAD"
+
+# One process: the tests that start Flower keep both cores of a small machine busy by themselves.
+test: $(READY)  ## all tests; some of them: make test ARGS="-k gate"
+	OMP_NUM_THREADS=1 pytest -q $(ARGS)
+
+lint: $(READY)  ## format, lint, types, and the direction of the imports; changes nothing
+	ruff format --check .
+	ruff check .
+	mypy
+	lint-imports
+
+bench: $(READY)  ## ratios of time and memory, measured side by side; about ten minutes
+	python -m simulations.bench
+
+# grpcio-tools and what it generates must not be newer than the oldest grpcio and protobuf in pyproject.toml.
+stubs:  ## write client/trainer_pb2*.py anew from client/trainer.proto
+	tools=$$(mktemp -d) && trap 'rm -rf "$$tools"' EXIT && $(PYTHON) -m venv "$$tools" && \
+	"$$tools/bin/pip" install --quiet "grpcio-tools==1.71.2" "setuptools<81" && \
+	"$$tools/bin/python" -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. client/trainer.proto
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -e ".[dev,ray]"
+	@touch $@
