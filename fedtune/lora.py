@@ -58,7 +58,7 @@ def refactor(pair: Factors, rank: int, row_norm: float | None = None) -> tuple[F
     each row of A has that norm. The scale of the result is 1.
     """
     U, S, Vt = svd(pair)
-    kept = min(rank, max(1, int((S[0] * FLOAT32_NOISE < S).sum())))
+    kept = min(rank, len(S), max(1, int((S[:1] * FLOAT32_NOISE < S).sum())))
     energy, S = S.square(), S[:kept]
     total = energy.sum().item()
     discarded = energy[kept:].sum().item() / total if total > 0 else 0.0

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -14,13 +15,13 @@ class Memory(MutableMapping[str, Tensor]):
     """Named tensors. In simulation they live as long as the run; on a node they are saved after each answer."""
 
     def __init__(self, tensors: dict[str, Tensor] | None = None) -> None:
-        self._tensors = dict(tensors or {})
+        self._tensors = {name: _own(tensor) for name, tensor in (tensors or {}).items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
-        self._tensors[name] = tensor.detach().cpu().clone()
+        self._tensors[name] = _own(tensor)
 
     def __delitem__(self, name: str) -> None:
         del self._tensors[name]
@@ -40,3 +41,8 @@ class Memory(MutableMapping[str, Tensor]):
     @classmethod
     def open(cls, path: Path) -> Memory:
         return cls(load_file(path) if path.exists() else {})
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy that shares its storage with nothing, in one piece: what safetensors can write."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

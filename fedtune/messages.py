@@ -26,7 +26,7 @@ def from_record(record: RecordDict) -> Envelope:
     try:
         header = json.loads(str(record.config_records[HEADER]["json"]))
         arrays = record.array_records[TENSORS]
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise MalformedMessage(f"a Flower message without a fedtune header came: {error}") from error
     if not isinstance(header, dict):
         raise MalformedMessage(f"a header must be a JSON object, given {type(header).__name__}")

@@ -25,6 +25,9 @@ DTYPES = {
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.uint8)
 }
 
+LARGEST = 2**40  # numbers in one tensor
+UNREADABLE = (KeyError, ValueError, TypeError, AttributeError, OverflowError)  # what a foreign header can raise
+
 assert sys.byteorder == "little", "the raw codec sends little-endian bytes as they lie in memory"
 
 
@@ -36,15 +39,23 @@ def encoded(name: str, tensor: Tensor) -> WireTensor:
 
 def decoded(wire: WireTensor) -> Tensor:
     """Raises MalformedMessage unless the bytes are exactly such a tensor."""
-    dtype = DTYPES.get(wire.dtype)
+    dtype = DTYPES.get(str(wire.dtype))
     if wire.stype != RAW or dtype is None:
         raise MalformedMessage(f"'{wire.name}' came as {wire.stype}/{wire.dtype}, wanted {RAW} of {', '.join(DTYPES)}")
+    _require_sizes(wire)
     wanted = math.prod(wire.shape) * dtype.itemsize
-    if min(wire.shape, default=0) < 0 or wanted != len(wire.data):
+    if wanted != len(wire.data):
         raise MalformedMessage(f"'{wire.name}' of shape {wire.shape} needs {wanted} bytes, {len(wire.data)} came")
     if not wire.data:
         return torch.empty(wire.shape, dtype=dtype)
     return torch.frombuffer(bytearray(wire.data), dtype=dtype).reshape(wire.shape)
+
+
+def _require_sizes(wire: WireTensor) -> None:
+    """Sizes are whole, not negative, and such that torch can count with them even where one of them is 0."""
+    whole = all(type(size) is int and size >= 0 for size in wire.shape)
+    if not whole or math.prod(max(size, 1) for size in wire.shape) > LARGEST:
+        raise MalformedMessage(f"'{wire.name}' came with shape {wire.shape}, wanted sizes of at least 0 and {LARGEST} in all")
 
 
 def _pack(payload: Payload, header: Mapping[str, Any]) -> Envelope:
@@ -63,7 +74,7 @@ def _unpack(envelope: Envelope) -> Payload:
         roles = {name: Role(role) for name, role in envelope.header["roles"].items()}
         scalars = {str(name): float(value) for name, value in envelope.header["scalars"].items()}
         return Payload({wire.name: decoded(wire) for wire in envelope.tensors}, roles, scalars)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise MalformedMessage(f"a message came whose header cannot be read: {error}") from error
 
 
@@ -94,5 +105,5 @@ def unpack_answer(envelope: Envelope) -> Answer:
     try:
         metrics = {str(name): float(value) for name, value in envelope.header["metrics"].items()}
         return Answer(payload, float(envelope.header["weight"]), metrics)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise MalformedMessage(f"an answer came without weight or metrics: {error}") from error
