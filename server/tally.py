@@ -26,6 +26,10 @@ class Tally:
     def failed(self, client: str, reason: str) -> None:
         self.clients[client] = replace(self.clients[client], failed=reason)
 
+    def able(self, clients: Iterable[str]) -> list[str]:
+        """Those of them that have not failed in this round."""
+        return [client for client in clients if self.clients[client].failed is None]
+
     def trained(self, client: str, answer: Answer) -> None:
         record = self.clients[client]
         examples, loss = answer.metrics.get("examples", 0.0), answer.metrics.get("loss", record.train_loss)

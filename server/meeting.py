@@ -1,0 +1,52 @@
+"""Before the first round: every node is told the job and says who it is."""
+
+from __future__ import annotations
+
+from flwr.serverapp import Grid
+
+from fedtune.errors import ClientFailed, RoundFailed
+from fedtune.job import Job
+from fedtune.strategy import Ask, ClientInfo
+from fedtune.wire import pack_ask
+from server.exchange import Reply, exchange
+
+
+def meet(grid: Grid, job: Job, base: str) -> tuple[dict[str, ClientInfo], dict[str, int]]:
+    """Say hello to every node: what each client says of itself, and its node, by client id.
+
+    Those that cannot take part, or have another base model, are left out. Raises RoundFailed when too few remain.
+    """
+    hello = pack_ask(Ask("hello"), "", {"ask": "hello", "run": job.name, "job": job.model_dump(mode="json")})
+    clients: dict[str, ClientInfo] = {}
+    nodes: dict[str, int] = {}
+    left_out = []
+    for reply in exchange(grid, dict.fromkeys(grid.get_node_ids(), hello), job.rounds.timeout):
+        try:
+            info = _introduced(reply, base)
+            if info.id in clients:
+                raise ClientFailed(f"node {reply.node}: a client named '{info.id}' is already here, names must differ")
+        except ClientFailed as reason:
+            left_out.append(str(reason))
+        else:
+            clients[info.id], nodes[info.id] = info, reply.node
+    wanted = job.clients.count or 1
+    if len(clients) < wanted:
+        reasons = f": {'; '.join(left_out)}" if left_out else ""
+        raise RoundFailed(f"{len(clients)} clients can take part, wanted {wanted} (clients.count){reasons}")
+    return dict(sorted(clients.items())), nodes
+
+
+def _introduced(reply: Reply, base: str) -> ClientInfo:
+    if reply.envelope is None:
+        raise ClientFailed(f"node {reply.node}: {reply.failed}")
+    header = reply.envelope.header
+    if "failed" in header:
+        raise ClientFailed(f"{header.get('client', reply.node)}: {header['failed']}")
+    if header.get("base") != base:
+        raise ClientFailed(
+            f"{header.get('client')}: its base model is {header.get('base')}, wanted {base}: give it the same files"
+        )
+    try:
+        return ClientInfo(str(header["client"]), int(header["examples"]), int(header["rank"]), float(header["scale"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ClientFailed(f"node {reply.node}: its hello cannot be read: {error}") from error
