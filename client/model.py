@@ -40,8 +40,7 @@ class ResidentModel:
         self._merged: dict[str, Factors] = {}
         self._pristine: dict[str, Tensor] = {}
         if job.train.checkpointing:
-            self.peft.gradient_checkpointing_enable({"use_reentrant": False})
-            self.peft.enable_input_require_grads()
+            _enable_checkpointing(self.peft)
 
     def load(self, adapter: Adapter, merged: Adapter, frozen: frozenset[str]) -> None:
         """Swap in an adapter and what is merged below it; modules that `adapter` does not name get an empty pair."""
@@ -93,8 +92,9 @@ class ResidentModel:
 
     def _merge_into_base(self, path: str, layer: LoraLayer, pairs: list[Factors]) -> None:
         weight = layer.get_base_layer().weight
-        pristine = self._pristine.setdefault(path, weight.detach().cpu().clone())  # (d, k), or (k, d) in a Conv1D
-        weight.data.copy_(lora.merged(pristine, pairs, transposed=layer.fan_in_fan_out))
+        if path not in self._pristine:
+            self._pristine[path] = weight.detach().cpu().clone()  # (d, k), or (k, d) in a Conv1D
+        weight.data.copy_(lora.merged(self._pristine[path], pairs, transposed=layer.fan_in_fan_out))
 
     def _merge_beside(self, path: str, layer: LoraLayer, pairs: list[Factors]) -> None:
         self._put(layer, CORRECTION, pairs[0] if pairs else _empty(layer), train_a=False, train_b=False)
@@ -107,6 +107,13 @@ class ResidentModel:
         self.peft.base_model.set_adapter(["default", CORRECTION])
         for path, layer in self.lora.items():
             self._merge_beside(path, layer, [])
+
+
+def _enable_checkpointing(peft: PeftModel) -> None:
+    """Under its name in transformers, which changed within version 5."""
+    old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+    getattr(peft, new if hasattr(peft, new) else old)({"use_reentrant": False})
+    peft.enable_input_require_grads()
 
 
 def _empty(layer: LoraLayer) -> Factors:
