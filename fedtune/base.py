@@ -126,10 +126,16 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 def dense_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(name in the base model, parameter) of everything that trains whole, such as a classification head."""
+    for name, module in whole_modules(model):
+        for inner, parameter in module.modules_to_save["default"].named_parameters():
+            yield f"{name}.{inner}", parameter
+
+
+def whole_modules(model: nn.Module) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
+    """(path in the base model, PEFT's wrapper) of each module that trains whole; it may hold modules of its own."""
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
-            for inner, parameter in module.modules_to_save["default"].named_parameters():
-                yield f"{name.removeprefix('base_model.model.')}.{inner}", parameter
+            yield name.removeprefix("base_model.model."), module
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,7 @@ def blueprint(job: Job) -> Blueprint:
     return Blueprint(
         Adapter(lora, dense, base_hash(folder)),
         tuple(sorted(config.target_modules or ())),
-        tuple(sorted({name.rpartition(".")[0].rpartition(".")[2] for name in dense})),
+        tuple(sorted({name.rpartition(".")[2] for name, _ in whole_modules(peft)})),
         config.fan_in_fan_out,
     )
 

@@ -33,7 +33,7 @@ from fedtune.strategy import Strategy
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -41,7 +41,7 @@ class Model(Section):
 
     path: str = Field("builtin:stdlib", description="folder, hub id, or builtin:stdlib")
     revision: str | None = Field(None, description="of a hub id")
-    task: Literal["causal", "classification"] = "causal"
+    task: Literal["causal", "classification"] = Field("causal", description="next token, or one label for a text")
     labels: Annotated[int, Field(ge=2)] | tuple[str, ...] | None = Field(
         None, description="classes: how many, or their names in order; a simulation finds them in the data"
     )
@@ -62,9 +62,9 @@ class Model(Section):
 class AdapterSettings(Section):
     """The LoRA pairs that train."""
 
-    rank: PositiveInt = 8
-    alpha: PositiveFloat = 16.0
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: PositiveInt = Field(8, description="directions in which each adapted matrix can change")
+    alpha: PositiveFloat = Field(16.0, description="the product of a pair is scaled by alpha/rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of a pair's inputs that a training step leaves out")
     targets: str | tuple[str, ...] = Field("all-linear", description="names of modules, or all-linear")
     rslora: bool = Field(False, description="scale alpha/sqrt(rank) in place of alpha/rank")
 
@@ -103,11 +103,11 @@ class Train(Section):
     epochs: NonNegativeFloat = Field(1.0, description="passes over the client's examples, where steps = 0")
     batch: PositiveInt = Field(4, description="examples in one gradient step")
     micro_batch: PositiveInt | None = Field(None, description="examples in memory at a time; absent is the whole batch")
-    lr: PositiveFloat = 3e-3
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: PositiveFloat = Field(3e-3, description="peak learning rate")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="of the gradient steps; its state is not kept")
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: NonNegativeFloat = 0.0
+    betas: tuple[float, float] = Field((0.9, 0.999), description="of adamw")
+    weight_decay: NonNegativeFloat = Field(0.0, description="of what trains, towards zero")
     schedule: Literal["constant", "cosine"] = Field("constant", description="of the learning rate within a round")
     round_schedule: Literal["constant", "cosine"] = Field("constant", description="of its peak over the rounds")
     min_lr: float = Field(0.1, ge=0, le=1, description="where a cosine ends, as a share of lr")
@@ -118,7 +118,7 @@ class Train(Section):
 
 
 class Rounds(Section):
-    count: PositiveInt = 10
+    count: PositiveInt = Field(10, description="how many")
     clients: PositiveInt | None = Field(None, description="clients drawn for a round; absent is all")
     evaluate_every: NonNegativeInt = Field(1, description="rounds between evaluations on held-out examples; 0 is never")
     quorum: float = Field(0.5, gt=0, le=1, description="share of the cohort that must answer, else the run stops")
@@ -130,7 +130,7 @@ class StrategySettings(BaseModel):
     """The method, and its own settings beside its name."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    name: str = "fedavg"
+    name: str = Field("fedavg", description="as `fedtune strategies` lists it, file.py:Class, or package.module:Class")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -145,8 +145,8 @@ class Machine(Section):
 class Job(Section):
     """Everything that a run depends on."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$")
-    seed: NonNegativeInt = 0
+    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="of the run and, unless told otherwise, of its folder")
+    seed: NonNegativeInt = Field(0, description="of every draw: adapters, cohorts, held-out examples, batches")
     model: Model = Model()
     adapter: AdapterSettings = AdapterSettings()
     data: Data = Data()
@@ -197,7 +197,7 @@ def checked_job(given: Mapping[str, Any], where: str) -> Job:
     try:
         job = Job.model_validate(given)
     except ValidationError as error:
-        raise JobError(f"{where}: {_first_problem(error)}") from error
+        raise JobError(f"{where}: {_first_problem(error, given)}") from error
     job.make_strategy()
     return job
 
@@ -233,10 +233,16 @@ def _set(given: dict[str, Any], override: str) -> None:
         given[parts[-1]] = value
 
 
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"])
+def _first_problem(error: ValidationError, given: Any) -> str:
+    problem, written = error.errors()[0], []
+    for part in problem["loc"]:  # goes on beyond what the user wrote, into members of a union
+        if not isinstance(given, Mapping) or part not in given:
+            break
+        written.append(str(part))
+        given = given[part]
+    key = ".".join(written)
     if problem["type"] == "extra_forbidden":
         hint = nearest(key, known_keys()) or f"; known keys of a job: {', '.join(sorted(known_keys()))}"
         return f"unknown key '{key}'{hint}"
-    return f"'{key}': {problem['msg'].lower()}, given {problem['input']!r}"
+    wanted = problem["msg"][:1].lower() + problem["msg"][1:]
+    return f"'{key}': {wanted}, given {problem['input']!r}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -47,7 +48,7 @@ def read_adapter(folder: Path) -> Adapter:
     for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
         path = name.removesuffix(".lora_A.weight")
         A, B = tensors.pop(name), tensors.pop(f"{path}.lora_B.weight")
-        alpha = config.alpha_pattern.get(path, config.lora_alpha)
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, path), config.lora_alpha)
         lora[path] = Factors(A, B, alpha / (A.shape[0] ** 0.5 if config.use_rslora else A.shape[0]))
     provenance = folder / "fedtune.json"
     base = json.loads(provenance.read_text(encoding="utf-8")).get("base", "") if provenance.exists() else ""

@@ -67,9 +67,10 @@ def _module(reference: str, name: str) -> ModuleType:
     is_file = reference.endswith(".py") or "/" in reference
     try:
         return _module_of_file(Path(reference)) if is_file else importlib.import_module(reference)
-    except (ImportError, FileNotFoundError) as error:
+    except Exception as error:  # a plug-in can raise anything while it is imported
+        reason = str(error) if isinstance(error, (ImportError, OSError)) else f"{type(error).__name__}: {error}"
         raise StrategyError(
-            f"strategy '{name}' cannot be loaded: {error}; wanted 'file.py:Class' or 'package.module:Class'"
+            f"strategy '{name}' cannot be loaded: {reason}; wanted 'file.py:Class' or 'package.module:Class'"
         ) from error
 
 
