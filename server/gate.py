@@ -18,7 +18,7 @@ from fedtune.payload import Role
 from fedtune.strategy import Answer, ClientInfo
 from fedtune.wire import unpack_answer
 
-Schema = tuple[tuple[str, tuple[int, ...]], ...]  # (name, shape) of each tensor, by name
+Schema = tuple[tuple[str, tuple[int, ...]], ...]  # (name, shape) of each tensor and scalar, by name
 
 
 def admit(envelope: Envelope, ask_id: str, client: ClientInfo, like: Adapter, max_weight: float) -> Answer:
@@ -55,27 +55,36 @@ def misfits(schemas: Mapping[str, Schema]) -> dict[str, str]:
 
 
 def schema_of(answer: Answer) -> Schema:
-    return tuple((name, tuple(answer.payload.tensors[name].shape)) for name in sorted(answer.payload.tensors))
+    shapes = {name: tuple(tensor.shape) for name, tensor in answer.payload.tensors.items()}
+    return tuple(sorted({**dict.fromkeys(answer.payload.scalars, ()), **shapes}.items()))
 
 
 def _require_finite(answer: Answer) -> None:
     for name, tensor in answer.payload.tensors.items():
         if not torch.isfinite(tensor).all():
             raise Refused(f"'{name}' is not finite")
-    for name, value in answer.payload.scalars.items():
+    for name, value in [*answer.payload.scalars.items(), *answer.metrics.items()]:
         if not math.isfinite(value):
             raise Refused(f"'{name}' is {value}, wanted a finite number")
 
 
 def _require_shapes(answer: Answer, client: ClientInfo, like: Adapter) -> None:
     """Factors and whole parameters must fit the modules that the job adapts, at the rank that the client declared."""
-    wanted: dict[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in like.dense.items()}
+    wanted: dict[str, tuple[Role, tuple[int, ...]]] = {
+        name: (Role.DENSE, tuple(tensor.shape)) for name, tensor in like.dense.items()
+    }
     for path, pair in like.lora.items():
         d, k = pair.shape
-        wanted |= {f"{path}.{Role.A}": (client.rank, k), f"{path}.{Role.B}": (d, client.rank)}
+        wanted |= {f"{path}.{Role.A}": (Role.A, (client.rank, k)), f"{path}.{Role.B}": (Role.B, (d, client.rank))}
     for name, tensor in answer.payload.tensors.items():
         role, shape = answer.payload.roles[name], tuple(tensor.shape)
         if role is not Role.VECTOR and name not in wanted:
             raise Refused(f"'{name}' is no part of the adapter that the job describes")
-        if name in wanted and shape != wanted[name]:
-            raise Refused(f"'{name}' is of shape {shape}, wanted {wanted[name]}")
+        wanted_role, wanted_shape = wanted.get(name, (role, shape))
+        if role is not wanted_role:
+            raise Refused(f"'{name}' came as {role}, wanted {wanted_role}")
+        if shape != wanted_shape:
+            raise Refused(f"'{name}' is of shape {shape}, wanted {wanted_shape}")
+    for name in answer.payload.scalars:
+        if name.endswith(".scale") and name.removesuffix(".scale") not in like.lora:
+            raise Refused(f"'{name}' is no part of the adapter that the job describes")

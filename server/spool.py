@@ -5,6 +5,7 @@ They are folded in the order of client ids, whatever order they came in, so the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,11 +22,11 @@ class Spool:
     """The accepted answers to one ask."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder  # made with the first answer
 
     def put(self, client: str, envelope: Envelope) -> None:
         """Atomic: either the whole answer lies in the spool or none of it."""
+        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._path(client)
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:
@@ -51,7 +52,8 @@ class Spool:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self, client: str) -> Path:
-        return self._folder / (client.encode().hex() + ".answer")
+        """Named by a hash: a client's own name may be longer than a file's, or lead out of the folder."""
+        return self._folder / (hashlib.sha256(client.encode()).hexdigest() + ".answer")
 
 
 class SpooledAnswers(FoldedAnswers):

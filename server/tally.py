@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ class Tally:
         self._add(client, bytes_down=envelope.size())
 
     def came(self, client: str, envelope: Envelope) -> None:
-        self._add(client, bytes_up=envelope.size(), seconds=float(envelope.header.get("seconds") or 0.0))
+        self._add(client, bytes_up=envelope.size(), seconds=_seconds(envelope.header.get("seconds")))
 
     def failed(self, client: str, reason: str) -> None:
         self.clients[client] = replace(self.clients[client], failed=reason)
@@ -59,3 +60,10 @@ class Tally:
             bytes_up=record.bytes_up + bytes_up,
             seconds=record.seconds + seconds,
         )
+
+
+def _seconds(told: object) -> float:
+    """What the client says that its work took; nothing, where that is no time."""
+    if isinstance(told, int | float) and math.isfinite(told) and told >= 0:
+        return float(told)
+    return 0.0
