@@ -1,0 +1,186 @@
+"""The gate: what may enter, and for all else the reason."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fedtune.adapter import Adapter, Factors
+from fedtune.envelope import Envelope
+from fedtune.errors import ClientFailed, Refused
+from fedtune.payload import Payload, Role, payload_of
+from fedtune.strategy import Answer, ClientInfo
+from fedtune.wire import pack_answer, pack_failure
+from server.gate import admit, misfits, schema_of
+
+PAIR = Factors(torch.ones(2, 3), torch.ones(5, 2), 1.5)  # rank 2 on a weight of (5, 3)
+LIKE = Adapter({"q": PAIR}, {"head": torch.zeros(4, 3)}, base="b" * 32)
+CLIENT = ClientInfo("ann", examples=7, rank=2)
+GOOD = Answer(payload_of(LIKE), weight=7.0, metrics={"loss": 1.0})
+HEADER = {"ask": "3.0", "base": LIKE.base, "client": "ann"}
+
+
+def let_in(answer: Answer = GOOD, header: Mapping[str, Any] = HEADER, client: ClientInfo = CLIENT) -> Answer:
+    return admit(pack_answer(answer, header), "3.0", client, LIKE, max_weight=100.0)
+
+
+def changed(name: str, tensor: torch.Tensor, role: Role = Role.A) -> Answer:
+    """The good answer with one tensor put in or replaced."""
+    payload = GOOD.payload
+    return replace(
+        GOOD, payload=replace(payload, tensors={**payload.tensors, name: tensor}, roles={**payload.roles, name: role})
+    )
+
+
+def with_scalar(name: str, value: float) -> Answer:
+    return replace(GOOD, payload=replace(GOOD.payload, scalars={**GOOD.payload.scalars, name: value}))
+
+
+def spoilt(tensor: torch.Tensor, value: float) -> torch.Tensor:
+    tensor = tensor.clone()
+    tensor.view(-1)[-1] = value
+    return tensor
+
+
+def test_a_good_answer_comes_in_as_it_was_sent() -> None:
+    answer = let_in()
+    assert (answer.weight, answer.metrics, answer.payload.scalars) == (7.0, {"loss": 1.0}, {"q.scale": 1.5})
+    assert all(torch.equal(answer.payload.tensors[name], tensor) for name, tensor in GOOD.payload.tensors.items())
+
+
+def test_a_part_of_the_adapter_is_enough() -> None:
+    assert list(let_in(replace(GOOD, payload=payload_of(LIKE, [Role.B]))).payload.tensors) == ["q.lora_B"]
+
+
+def test_vectors_have_any_name_and_shape() -> None:
+    assert "norms" in let_in(changed("norms", torch.ones(17), Role.VECTOR)).payload.tensors
+
+
+def test_the_rank_is_the_one_that_the_client_declared() -> None:
+    pair = Factors(torch.ones(1, 3), torch.ones(5, 1), 3.0)
+    answer = replace(GOOD, payload=payload_of(Adapter({"q": pair})))
+    assert let_in(answer, client=replace(CLIENT, rank=1)).payload.tensors["q.lora_A"].shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (replace(GOOD, weight=0.0), "its weight is 0, wanted more than 0 and at most 100"),
+        (replace(GOOD, weight=-1.0), "its weight is -1,"),
+        (replace(GOOD, weight=math.nan), "its weight is nan,"),
+        (replace(GOOD, weight=math.inf), "its weight is inf,"),
+        (replace(GOOD, weight=101.0), "its weight is 101,"),
+        (changed("q.lora_A", spoilt(PAIR.A, math.nan)), "'q.lora_A' is not finite"),
+        (changed("q.lora_B", spoilt(PAIR.B, math.inf), Role.B), "'q.lora_B' is not finite"),
+        (changed("head", spoilt(torch.zeros(4, 3), -math.inf), Role.DENSE), "'head' is not finite"),
+        (changed("norms", torch.tensor([math.nan]), Role.VECTOR), "'norms' is not finite"),
+        (with_scalar("q.scale", math.nan), "'q.scale' is nan, wanted a finite number"),
+        (with_scalar("shift", math.inf), "'shift' is inf, wanted a finite number"),
+        (replace(GOOD, metrics={"loss": math.nan}), "'loss' is nan, wanted a finite number"),
+        (changed("q.lora_A", torch.ones(2, 4)), r"'q.lora_A' is of shape \(2, 4\), wanted \(2, 3\)"),
+        (changed("q.lora_B", torch.ones(10), Role.B), r"'q.lora_B' is of shape \(10,\), wanted \(5, 2\)"),
+        (changed("q.lora_A", torch.ones(3, 3)), r"'q.lora_A' is of shape \(3, 3\), wanted \(2, 3\)"),  # rank 3
+        (changed("head", torch.ones(3, 4), Role.DENSE), r"'head' is of shape \(3, 4\), wanted \(4, 3\)"),
+        (changed("k.lora_A", torch.ones(2, 3)), "'k.lora_A' is no part of the adapter that the job describes"),
+        (changed("embed", torch.ones(2, 3), Role.DENSE), "'embed' is no part of the adapter"),
+        (changed("q.lora_A", PAIR.A, Role.DENSE), "'q.lora_A' came as dense, wanted lora_A"),
+        (changed("head", torch.zeros(4, 3), Role.VECTOR), "'head' came as vector, wanted dense"),
+        (with_scalar("k.scale", 1.0), "'k.scale' is no part of the adapter"),
+    ],
+)
+def test_what_is_refused_and_why(answer: Answer, reason: str) -> None:
+    with pytest.raises(Refused, match=reason):
+        let_in(answer)
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ({**HEADER, "ask": "2.0"}, "it answers ask 2.0, wanted 3.0"),
+        ({**HEADER, "base": "other"}, "it was made on base model other, wanted bbbb"),
+        ({"ask": "3.0"}, "it was made on base model None"),
+    ],
+)
+def test_an_answer_to_something_else_is_refused(header: Mapping[str, Any], reason: str) -> None:
+    with pytest.raises(Refused, match=reason):
+        let_in(header=header)
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [
+        ("weight", "without weight or metrics"),
+        ("metrics", "without weight or metrics"),
+        ("roles", "cannot be read"),
+        ("scalars", "cannot be read"),
+        ("version", "wire version None"),
+    ],
+)
+def test_a_header_with_a_hole_is_refused(missing: str, reason: str) -> None:
+    envelope = pack_answer(GOOD, HEADER)
+    header = {key: value for key, value in envelope.header.items() if key != missing}
+    with pytest.raises(Refused, match=reason):
+        admit(Envelope(header, envelope.tensors), "3.0", CLIENT, LIKE, 100.0)
+
+
+@pytest.mark.parametrize("value", ["many", None, [1]])
+def test_a_weight_that_is_no_number_is_refused(value: object) -> None:
+    envelope = pack_answer(GOOD, HEADER)
+    with pytest.raises(Refused, match="without weight or metrics"):
+        admit(Envelope({**envelope.header, "weight": value}, envelope.tensors), "3.0", CLIENT, LIKE, 100.0)
+
+
+def test_bytes_that_are_too_few_for_the_shape_are_refused() -> None:
+    envelope = pack_answer(GOOD, HEADER)
+    first, *others = envelope.tensors
+    cut = replace(first, data=first.data[:-1])
+    with pytest.raises(Refused, match="needs 24 bytes, 23 came"):  # 2 x 3 x 4
+        admit(Envelope(envelope.header, (cut, *others)), "3.0", CLIENT, LIKE, 100.0)
+
+
+def test_a_client_s_own_reason_is_no_refusal() -> None:
+    with pytest.raises(ClientFailed, match="out of memory"):
+        admit(pack_failure("out of memory", HEADER), "3.0", CLIENT, LIKE, 100.0)
+
+
+def answer_of(**shapes: tuple[int, ...]) -> Answer:
+    return Answer(Payload({name: torch.zeros(shape) for name, shape in shapes.items()}, dict.fromkeys(shapes, Role.VECTOR)))
+
+
+def test_those_that_differ_from_most_are_misfits_in_whatever_order_they_came() -> None:
+    schemas = {
+        "ann": schema_of(answer_of(x=(2,), y=(3,))),
+        "bob": schema_of(answer_of(x=(2,))),
+        "cy": schema_of(answer_of(y=(3,), x=(2,))),
+        "dee": schema_of(answer_of(x=(2,), y=(4,))),
+    }
+    expected = {
+        "bob": "its tensors are not those of the other clients: y",
+        "dee": "its tensors are not those of the other clients: y",
+    }
+    for order in itertools.permutations(schemas):
+        assert misfits({client: schemas[client] for client in order}) == expected
+
+
+def test_of_two_that_differ_the_first_by_name_stays() -> None:
+    schemas = {"bob": schema_of(answer_of(x=(2,))), "ann": schema_of(answer_of(x=(1,)))}
+    assert list(misfits(schemas)) == ["bob"]
+
+
+def test_a_scalar_that_the_others_did_not_send_is_a_misfit() -> None:
+    """A weighted sum over some would be no mean."""
+    plain, more = GOOD, with_scalar("shift", 1.0)
+    assert misfits({"ann": schema_of(plain), "bob": schema_of(more), "cy": schema_of(plain)}) == {
+        "bob": "its tensors are not those of the other clients: shift"
+    }
+
+
+def test_nobody_is_a_misfit_among_equals_or_alone() -> None:
+    schema = schema_of(GOOD)
+    assert misfits({}) == misfits({"ann": schema}) == misfits({"ann": schema, "bob": schema}) == {}
