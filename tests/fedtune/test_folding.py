@@ -1,0 +1,98 @@
+"""The fold: shares, the weighted mean, and who may see single answers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.errors import RoundFailed
+from fedtune.folding import FoldedAnswers, shares, weighted_mean
+from fedtune.payload import Payload, Role
+from fedtune.strategy import Answer, Fold
+
+ROLES = {"w.lora_B": Role.B, "head": Role.DENSE}
+
+
+def answer(number: int, weight: float = 1.0) -> Answer:
+    draw = torch.Generator().manual_seed(number)
+    tensors = {name: torch.randn(3, 2, generator=draw) for name in ROLES}
+    return Answer(Payload(tensors, ROLES, {"w.scale": float(number)}), weight)
+
+
+def folded(answers: dict[str, Answer], fold: Fold = Fold.SUM) -> FoldedAnswers:
+    return FoldedAnswers({client: given.weight for client, given in answers.items()}, fold, answers.__getitem__)
+
+
+weights = st.dictionaries(st.text(max_size=3), st.floats(1e-6, 1e9), min_size=1, max_size=5)
+
+
+@settings(deadline=None, derandomize=True)
+@given(weights)
+def test_shares_are_in_the_order_of_ids_and_sum_to_one(given_weights: dict[str, float]) -> None:
+    divided = shares(given_weights)
+    assert list(divided) == sorted(given_weights)
+    assert sum(divided.values()) == pytest.approx(1.0)
+    total = sum(given_weights.values())
+    assert divided == pytest.approx({client: weight / total for client, weight in given_weights.items()})
+
+
+@pytest.mark.parametrize("nothing", [{}, {"ann": 0.0}, {"ann": float("nan")}])
+def test_nothing_to_average_is_an_error(nothing: dict[str, float]) -> None:
+    with pytest.raises(RoundFailed, match="nothing to average"):
+        shares(nothing)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(weights)
+def test_the_mean_is_the_weighted_one(given_weights: dict[str, float]) -> None:
+    answers = {client: answer(i, weight) for i, (client, weight) in enumerate(given_weights.items())}
+    mean = folded(answers).mean()
+    divided = shares(given_weights)
+    for name in ROLES:
+        wanted = sum(divided[client] * one.payload.tensors[name].double() for client, one in answers.items())
+        torch.testing.assert_close(mean.tensors[name], wanted.float())  # type: ignore[union-attr]
+    assert mean.scalars["w.scale"] == pytest.approx(
+        sum(divided[c] * one.payload.scalars["w.scale"] for c, one in answers.items())
+    )
+    assert mean.roles == ROLES
+
+
+def test_the_order_of_arrival_does_not_change_a_bit() -> None:
+    answers = {client: answer(i, 10.0**i) for i, client in enumerate("badc")}
+    turned = dict(reversed(answers.items()))
+    for name, tensor in folded(answers).mean().tensors.items():
+        assert torch.equal(tensor, folded(turned).mean().tensors[name])
+
+
+def test_the_sum_is_taken_in_float64() -> None:
+    """10,001 answers, the first of them 1 and the others 2^-25: each alone is lost on 1 in float32."""
+    one, tiny = (Answer(Payload({"x": torch.tensor([v])}, {"x": Role.DENSE})) for v in (1.0, 2.0**-25))
+    stream = ((str(i), 1.0, one if i == 0 else tiny) for i in range(10_001))
+    assert weighted_mean(stream).tensors["x"].item() == pytest.approx(1 + 10_000 * 2.0**-25, rel=1e-7)
+
+
+def test_only_the_wanted_roles_are_averaged() -> None:
+    mean = folded({"a": answer(1)}).mean([Role.DENSE])
+    assert mean.roles == {"head": Role.DENSE}
+
+
+def test_answers_are_left_as_they_were() -> None:
+    first = answer(1)
+    before = first.payload.tensors["head"].clone()
+    folded({"a": first, "b": answer(2)}).mean()
+    assert torch.equal(first.payload.tensors["head"], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
+def test_a_mean_is_float32(dtype: torch.dtype) -> None:
+    ones = Answer(Payload({"x": torch.ones(2, dtype=dtype)}, {"x": Role.VECTOR}))
+    assert torch.equal(folded({"a": ones, "b": ones}).mean().tensors["x"], torch.ones(2))
+
+
+def test_single_answers_are_for_those_who_asked_for_them() -> None:
+    answers = {"b": answer(1, 3.0), "a": answer(2, 1.0)}
+    with pytest.raises(TypeError, match=r"declared Fold.SUM.*fold=Fold.EACH"):
+        iter(folded(answers))
+    assert list(folded(answers, Fold.EACH)) == [("a", 0.25, answers["a"]), ("b", 0.75, answers["b"])]
