@@ -21,7 +21,8 @@ from simulations.flower_engine import training_examples
 def picture(run: Path) -> str:
     """The table that the terminal showed, as SVG."""
     job = load_job(run / "job.toml")
-    rounds = [RoundRecord.from_json(json.loads(line)) for line in (run / "metrics.jsonl").open(encoding="utf-8")]
+    metrics = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    rounds = [RoundRecord.from_json(json.loads(line)) for line in metrics.splitlines()]
     console = Console(record=True, file=StringIO(), force_terminal=True, width=76)
     words = Words(console)
     title = words.title(job, training_examples(job, clients_in(job.data, job.clients)))

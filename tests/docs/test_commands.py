@@ -1,0 +1,126 @@
+"""Every command and every line of Python in the README and docs/ works: the cheap ones are run, small; of the others it is
+checked that they exist. A new kind of command fails here until a rule says how it is tested."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedtune.job import load_job
+from simulations.commands import Engine, app
+
+ROOT = Path(__file__).parents[2]
+# docs/write-a-strategy.md has a test of its own.
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/decisions.md", "docs/job.md")
+SMALL = ("rounds.count=1", "train.steps=1", "clients.count=2", "data.max_held_out=2", "data.max_length=32", "compare=false")
+OFFLINE = ("model.path=builtin:stdlib",)
+ROWS = '{"prompt": "Summarise: the cat sat.", "completion": " A cat."}\n' * 4
+METHOD = "from strategies.fedavg import FedAvg\n\n\nclass MyMethod(FedAvg):\n    pass\n"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()]
+    return sorted({shlex.join(words) for line in lines if (words := shlex.split(line, comments=True))})
+
+
+def fedtune(*words: str) -> str:
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def simulate(*words: str, out: str) -> None:
+    small = [word for setting in (*SMALL, *OFFLINE) for word in ("--set", setting)]
+    fedtune("simulate", *words, *small, "--out", out)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder that the README's reader is in: the data and job of its example, and the runs that it speaks of."""
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "notes").mkdir()
+    for client in ("north", "south"):
+        (folder / "notes" / f"{client}.jsonl").write_text(ROWS, encoding="utf-8")
+    [job] = blocks("README.md", "toml")
+    (folder / "notes.toml").write_text(job, encoding="utf-8")
+    (folder / "path/to").mkdir(parents=True)
+    (folder / "path/to/my_method.py").write_text(METHOD, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        simulate("demo", out="runs/demo")
+        simulate("notes.toml", out="runs/notes")
+        yield folder
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command(command: str, workspace: Path, tmp_path: Path) -> None:
+    match shlex.split(command):
+        case ["fedtune", "simulate", job, "--engine", engine]:  # run by test_flower_engine.py
+            assert engine in list(Engine)
+            assert (ROOT / "simulations" / "scenarios" / f"{job}.toml").is_file()
+        case ["fedtune", "simulate", *words]:
+            simulate(*words, out=str(tmp_path / "run"))
+            assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+        case ["fedtune", *words]:
+            assert fedtune(*words)
+        case ["make", *words]:
+            subprocess.run(["make", "-n", *words, f"PYTHON={sys.executable}"], cwd=ROOT, check=True, capture_output=True)
+        case ["python", "docs/picture.py", run]:
+            assert runpy.run_path(str(ROOT / "docs/picture.py"))["picture"](Path(run)).startswith("<svg")
+        case ["pip", "install", *words]:
+            assert extras_of(words[-1]) <= extras_declared()
+        case ["ruff" | "tensorboard" as program, *_]:
+            assert shutil.which(program, path=str(Path(sys.executable).parent))
+        case ["python3", "-m", "venv", ".venv"] | [".", ".venv/bin/activate"]:
+            pass
+        case _:
+            pytest.fail(f"no rule says how to test: {command}")
+
+
+def extras_of(requirement: str) -> set[str]:
+    """`.[dev,ray]` -> dev, ray."""
+    return set(requirement.partition("[")[2].removesuffix("]").split(","))
+
+
+def extras_declared() -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return set(project["optional-dependencies"])
+
+
+@pytest.mark.parametrize("code", blocks("README.md", "python"))
+def test_python_of_the_readme(code: str, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(code, "README.md", "exec"), {})
+    assert "def read(self, path):" in capsys.readouterr().out
+
+
+def test_the_demo_prints_the_lines_of_the_readme() -> None:
+    [lines] = re.findall(r"^define LOAD\n(.*?)^endef$", (ROOT / "Makefile").read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert any(block.startswith(lines) for block in blocks("README.md", "python"))
+
+
+def test_a_run_s_job_can_be_given_again(workspace: Path) -> None:
+    """As docs/job.md says."""
+    job = load_job(Path("runs/notes/job.toml"))
+    assert (job.strategy.name, job.strategy.settings, job.adapter.rank) == ("flora", {"max_rank": 64}, 16)
+
+
+def test_links_lead_somewhere() -> None:
+    links = {(page, link) for page in PAGES for link in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text(encoding="utf-8"))}
+    local = {(page, link) for page, link in links if not link.startswith("https://")}
+    assert local
+    assert sorted(link for page, link in local if not ((ROOT / page).parent / link).exists()) == []
