@@ -124,3 +124,11 @@ def test_links_lead_somewhere() -> None:
     local = {(page, link) for page, link in links if not link.startswith("https://")}
     assert local
     assert sorted(link for page, link in local if not ((ROOT / page).parent / link).exists()) == []
+
+
+def test_files_that_the_pages_name_exist() -> None:
+    named = {
+        (page, file) for page in PAGES for file in re.findall(r"`([\w.]+/[\w./]+\.\w+)`", (ROOT / page).read_text("utf-8"))
+    }
+    assert ("docs/architecture.md", "server/round.py") in named
+    assert [(page, file) for page, file in sorted(named) if not (ROOT / file).exists()] == []
