@@ -77,7 +77,7 @@ class Trainer:
             if envelope.header.get("kind") == "hello":
                 return pack_answer(Answer(), header | self._hello(client))
             answer = self._answered(envelope, client)
-        except (FedtuneError, RuntimeError, ValueError, KeyError, OSError, ArithmeticError) as error:
+        except Exception as error:  # whatever a strategy's half may raise
             return pack_failure(_reason(error), header)
         return pack_answer(answer, header | {"base": self.resident.base, "seconds": time.perf_counter() - began})
 

@@ -34,7 +34,7 @@ class RunFolder:
     def create(cls, path: Path, job: Job) -> RunFolder:
         """Raises RunFolderError where a run already lies there or nothing can be written."""
         require_free(path)
-        with writing(path):
+        with writing(path), _whole_or_gone(path):
             path.mkdir(parents=True, exist_ok=True)
             _write(path / "job.toml", tomli_w.dumps(without_none(job.model_dump(mode="json"))))
         return cls(path)
@@ -58,7 +58,8 @@ class RunFolder:
         """Write the round's adapter, then point `adapter` to it: at every moment it leads to a whole one."""
         with writing(self.path):
             target = self.path / "rounds" / f"{round:04d}" / "adapter"
-            write_adapter(target, adapter, job, blueprint, provenance)
+            with _whole_or_gone(target.parent):
+                write_adapter(target, adapter, job, blueprint, provenance)
             link = self.path / ".adapter"
             link.unlink(missing_ok=True)
             link.symlink_to(target.relative_to(self.path), target_is_directory=True)
@@ -91,6 +92,18 @@ def writing(path: Path) -> Iterator[None]:
         raise RunFolderError(f"{path} cannot be written: {error}; name another folder with --out") from error
 
 
+@contextmanager
+def _whole_or_gone(folder: Path) -> Iterator[None]:
+    """Takes a folder that was begun here away again when its writing was cut short."""
+    begun = not folder.exists()
+    try:
+        yield
+    except BaseException:
+        if begun:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def without_none(value: Any) -> Any:
     """TOML has no null: absent keys mean their default."""
     if isinstance(value, dict):
@@ -104,5 +117,9 @@ def _existing(path: Path) -> Path:
 
 def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

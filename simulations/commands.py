@@ -49,9 +49,16 @@ def one_line_errors() -> Iterator[None]:
         _complain(error, 2)
     except FedtuneError as error:
         _complain(error, 1)
-    except KeyboardInterrupt:
+
+
+@contextmanager
+def said_when_stopped() -> Iterator[None]:
+    """Ctrl-C ends in one line; typer alone would end without a word."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
         typer.echo("fedtune: stopped; finished rounds are in the run folder, `adapter` leads to the last one", err=True)
-        sys.exit(130)
+        raise typer.Exit(130) from stop
 
 
 def _complain(error: FedtuneError, code: int) -> None:
@@ -84,12 +91,11 @@ def simulate(
 
     checked = load_job(_job_file(job), set_ or [])
     folder = out or Path("runs") / checked.name
-    _make_way(folder, overwrite)
     from server.table import LiveTable
     from server.tensorboard import TensorBoard
     from server.watchers import Several
 
-    with LiveTable(Console()) as table, TensorBoard(folder) as events:
+    with said_when_stopped(), _free(folder, overwrite), LiveTable(Console()) as table, TensorBoard(folder) as events:
         _run(checked, folder, engine, Several([table, events]))
     _finish(folder)
 
@@ -144,11 +150,25 @@ def _job_file(job: str) -> Path:
     return scenario if scenario.is_file() and not Path(job).exists() else Path(job)
 
 
-def _make_way(folder: Path, overwrite: bool) -> None:
+@contextmanager
+def _free(folder: Path, overwrite: bool) -> Iterator[None]:
+    """The run folder is free inside. A run that was there comes back if none takes its place: a bad job loses nothing."""
     from server.run_folder import require_free
 
-    if overwrite and folder.exists():
-        if not (folder / "job.toml").is_file():
-            raise RunFolderError(f"{folder} is not a run folder, so --overwrite does not touch it; name another with --out")
-        shutil.rmtree(folder)
-    require_free(folder)
+    if not (overwrite and folder.exists()):
+        require_free(folder)
+        yield
+        return
+    if not (folder / "job.toml").is_file():
+        raise RunFolderError(f"{folder} is not a run folder, so --overwrite does not touch it; name another with --out")
+    aside = folder.absolute().with_name(f".{folder.absolute().name}.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    try:
+        yield
+    finally:
+        if (folder / "job.toml").is_file():
+            shutil.rmtree(aside)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
