@@ -9,8 +9,8 @@ from fedtune.errors import JobError
 from fedtune.job import Job
 from server.coordinator import RunResult, run_job
 from server.records import Watcher
-from server.run_folder import RunFolder, require_free
 from server.report_folder import read_run
+from server.run_folder import RunFolder, require_free
 from simulations.compare import compare
 from simulations.grid import InProcessGrid
 
