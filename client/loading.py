@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -42,7 +43,7 @@ def load_base(job: Job, device: torch.device) -> nn.Module:
         extra = {"quantization_config": _quantization(job.model.quantize), "device_map": {"": device}}
     try:
         model = CLASSES[job.model.task].from_pretrained(folder, config=config, dtype=dtypes[job.model.dtype], **extra)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the model in {folder} cannot be loaded: {error}") from error
     if job.model.task == "classification" and model.config.pad_token_id is None:
         model.config.pad_token_id = load_tokenizer(job).pad_token_id
@@ -66,7 +67,10 @@ def pick_device(wanted: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"machine.device = '{wanted}', but this machine has no CUDA device; type --set machine.device=auto")
-    return torch.device(wanted)
+    try:
+        return torch.device(wanted)
+    except RuntimeError as error:
+        raise ModelError(f"machine.device = '{wanted}' is unknown to torch; wanted auto, cpu, cuda or cuda:N") from error
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -62,7 +62,7 @@ def said_when_stopped() -> Iterator[None]:
 
 
 def _complain(error: FedtuneError, code: int) -> None:
-    typer.echo(f"fedtune: {error}", err=True)
+    typer.echo(f"fedtune: {' '.join(str(error).splitlines())}", err=True)  # a library's words may have many lines
     sys.exit(code)
 
 

@@ -35,8 +35,12 @@ def compare_with(trainer: Trainer, folder: Path, watcher: Watcher) -> None:
 
 
 def require_comparable(job: Job) -> None:
+    """Raises JobError where the baselines could not be measured as the run was."""
     if job.compare and job.rounds.evaluate_every != 1:
-        raise JobError(f"compare = true needs every round evaluated, given rounds.evaluate_every = {job.rounds.evaluate_every}")
+        every = job.rounds.evaluate_every
+        raise JobError(f"compare = true needs every round evaluated, given rounds.evaluate_every = {every}; set it to 1")
+    if job.compare and job.data.held_out == 0:
+        raise JobError("compare = true measures on held-out examples, given data.held_out = 0; set data.held_out = 0.2")
 
 
 def resident_trainer(job: Job, watcher: Watcher) -> Trainer:
