@@ -112,3 +112,18 @@ def draw_adapter() -> Callable[..., Adapter]:
         return Adapter({path: Factors(normal(rank, k), normal(d, rank), scale) for path, (d, k) in shapes.items()})
 
     return draw
+
+
+@pytest.fixture
+def run_command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """run_command("simulate", ...): the exit code of `fedtune simulate ...`, and what went to stdout and stderr."""
+    from simulations.commands import main
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["fedtune", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        return (int(end.value.code or 0), *capfd.readouterr())
+
+    return run
