@@ -15,7 +15,7 @@ from fedtune.adapter import Adapter
 from fedtune.envelope import Envelope
 from fedtune.errors import MalformedMessage, Refused
 from fedtune.payload import Role
-from fedtune.strategy import Answer, ClientInfo
+from fedtune.strategy import Answer, ClientInfo, Fold
 from fedtune.wire import unpack_answer
 
 Schema = tuple[tuple[str, tuple[int, ...]], ...]  # (name, shape) of each tensor and scalar, by name
@@ -40,7 +40,8 @@ def admit(envelope: Envelope, ask_id: str, client: ClientInfo, like: Adapter, ma
 
 
 def misfits(schemas: Mapping[str, Schema]) -> dict[str, str]:
-    """For a weighted sum all answers need the same tensors: those that differ from most, each with the reason."""
+    """All answers to an ask need the same tensors, else a share would be counted that brought nothing: those that differ
+    from most, each with the reason."""
     if not schemas:
         return {}
     counted = Counter(schemas[client] for client in sorted(schemas))
@@ -54,8 +55,10 @@ def misfits(schemas: Mapping[str, Schema]) -> dict[str, str]:
     return reasons
 
 
-def schema_of(answer: Answer) -> Schema:
-    shapes = {name: tuple(tensor.shape) for name, tensor in answer.payload.tensors.items()}
+def schema_of(answer: Answer, fold: Fold = Fold.SUM) -> Schema:
+    """What must be the same in all answers: for a sum names and shapes, else names only, since ranks may differ."""
+    summed = fold is Fold.SUM
+    shapes = {name: tuple(tensor.shape) if summed else () for name, tensor in answer.payload.tensors.items()}
     return tuple(sorted({**dict.fromkeys(answer.payload.scalars, ()), **shapes}.items()))
 
 

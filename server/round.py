@@ -14,7 +14,7 @@ from fedtune.base import Blueprint
 from fedtune.envelope import Envelope
 from fedtune.errors import ClientFailed, Refused, RoundFailed
 from fedtune.job import Job
-from fedtune.strategy import Answer, Answers, Ask, ClientInfo, Fold, ServerState, Strategy
+from fedtune.strategy import Answer, Answers, Ask, ClientInfo, ServerState, Strategy
 from fedtune.wire import pack_ask
 from server.exchange import exchange
 from server.gate import admit, misfits, schema_of
@@ -87,9 +87,9 @@ class Round:
         for client, answer, envelope in self._admitted(self.tally.able(info.id for info in cohort), ask, ask_id):
             with writing(self._run.path):
                 spool.put(client, envelope)
-            weights[client], schemas[client] = answer.weight, schema_of(answer)
+            weights[client], schemas[client] = answer.weight, schema_of(answer, ask.fold)
             self.tally.trained(client, answer)
-        for client, reason in misfits(schemas).items() if ask.fold is Fold.SUM else ():
+        for client, reason in misfits(schemas).items():
             self.tally.failed(client, f"refused: {reason}")
             del weights[client]
         self._require_quorum(len(weights), len(cohort))

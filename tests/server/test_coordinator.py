@@ -153,6 +153,30 @@ def test_a_client_whose_tensors_differ_is_left_out_of_a_sum(play: Play) -> None:
     assert numbers(result.adapter) == [14.0]  # (1 * 8 + 3 * 16) / 4
 
 
+@pytest.mark.parametrize("missing", [".lora_B", ".lora_A", ""])
+def test_stacking_leaves_out_who_sends_only_some_tensors(missing: str, play: Play) -> None:
+    """Else FLoRA would take away this client's share of the sum so far, and put nothing in its place."""
+    odd = {("cy", 2): lambda envelope: replace(envelope, **_without(envelope, missing))}
+    run = play("rounds.count=2", "strategy.name=flora", odd=odd)
+    without = play("rounds.count=2", "strategy.name=flora", folder="without", odd={("cy", 2): _failing})
+    reason = run.records[2].clients["cy"].failed
+    assert reason is not None
+    assert reason.startswith("refused: its tensors are not those of the other clients")
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == (
+        without.adapter / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def _without(envelope: Envelope, ending: str) -> dict[str, Any]:
+    kept = tuple(tensor for tensor in envelope.tensors if not tensor.name.endswith(ending))
+    roles = {name: role for name, role in envelope.header["roles"].items() if not name.endswith(ending)}
+    return {"tensors": kept, "header": {**envelope.header, "roles": roles}}
+
+
+def _failing(envelope: Envelope) -> Envelope:
+    return pack_failure("out of order", {key: envelope.header[key] for key in ("ask", "client")})
+
+
 def test_too_few_answers_end_the_run_with_their_reasons_and_keep_what_was_done(play: Play, tmp_path: Path) -> None:
     """Half of three, rounded up, are two."""
     with pytest.raises(RoundFailed) as error:

@@ -15,7 +15,7 @@ from fedtune.adapter import Adapter, Factors
 from fedtune.envelope import Envelope
 from fedtune.errors import ClientFailed, Refused
 from fedtune.payload import Payload, Role, payload_of
-from fedtune.strategy import Answer, ClientInfo
+from fedtune.strategy import Answer, ClientInfo, Fold
 from fedtune.wire import pack_answer, pack_failure
 from server.gate import admit, misfits, schema_of
 
@@ -171,6 +171,12 @@ def test_those_that_differ_from_most_are_misfits_in_whatever_order_they_came() -
 def test_of_two_that_differ_the_first_by_name_stays() -> None:
     schemas = {"bob": schema_of(answer_of(x=(2,))), "ann": schema_of(answer_of(x=(1,)))}
     assert list(misfits(schemas)) == ["bob"]
+
+
+def test_for_stacking_names_must_agree_and_ranks_may_differ() -> None:
+    four, eight, some = (schema_of(answer_of(**shapes), Fold.EACH) for shapes in ({"x": (4, 2)}, {"x": (8, 2)}, {"y": (4, 2)}))
+    assert misfits({"ann": four, "bob": eight}) == {}
+    assert list(misfits({"ann": four, "bob": eight, "cy": some})) == ["cy"]
 
 
 def test_a_scalar_that_the_others_did_not_send_is_a_misfit() -> None:
