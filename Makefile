@@ -12,17 +12,6 @@ BIN := $(or $(ACTIVE),$(abspath $(VENV))/bin)
 READY := $(if $(ACTIVE),,$(VENV)/ready)
 export PATH := $(BIN):$(PATH)
 
-define LOAD
-from fedtune.paths import base_model
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-base = AutoModelForCausalLM.from_pretrained(base_model())
-model = PeftModel.from_pretrained(base, "runs/demo/adapter")
-tokenizer = AutoTokenizer.from_pretrained(base_model())
-endef
-export LOAD
-
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench stubs
 
@@ -32,7 +21,6 @@ help:
 
 demo: $(READY)  ## fine-tune a small language model across eight clients on this machine, into runs/demo
 	fedtune simulate demo --out runs/demo --overwrite
-	@printf '\nThe adapter in Python:\n\n%s\n\n' "$$LOAD"
 
 # One process: the tests that start Flower keep both cores of a small machine busy by themselves.
 test: $(READY)  ## all tests; some of them: make test ARGS="-k gate"

@@ -31,6 +31,7 @@ def load_tokenizer(job: Job) -> PreTrainedTokenizerBase:
 def load_base(job: Job, device: torch.device) -> nn.Module:
     """The base model in the job's dtype, quantised where it says so. Raises ModelError."""
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what is missing from a checkpoint is said below, in one line
     folder = model_folder(job.model)
     dtypes = {
         "auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
@@ -42,9 +43,15 @@ def load_base(job: Job, device: torch.device) -> nn.Module:
     if job.model.quantize != "none":
         extra = {"quantization_config": _quantization(job.model.quantize), "device_map": {"": device}}
     try:
-        model = CLASSES[job.model.task].from_pretrained(folder, config=config, dtype=dtypes[job.model.dtype], **extra)
+        model, found = CLASSES[job.model.task].from_pretrained(
+            folder, config=config, dtype=dtypes[job.model.dtype], output_loading_info=True, **extra
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the model in {folder} cannot be loaded: {error}") from error
+    if job.model.task == "causal" and found["missing_keys"]:  # a classifier's head may be new
+        raise ModelError(
+            f"{folder} lacks weights of the model: {', '.join(sorted(found['missing_keys'])[:3])}; save it again, whole"
+        )
     if job.model.task == "classification" and model.config.pad_token_id is None:
         model.config.pad_token_id = load_tokenizer(job).pad_token_id
     return model if extra else model.to(device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from flwr.serverapp import Grid
 
 from fedtune.errors import ClientFailed, RoundFailed
@@ -47,6 +49,9 @@ def _introduced(reply: Reply, base: str) -> ClientInfo:
             f"{header.get('client')}: its base model is {header.get('base')}, wanted {base}: give it the same files"
         )
     try:
-        return ClientInfo(str(header["client"]), int(header["examples"]), int(header["rank"]), float(header["scale"]))
-    except (KeyError, TypeError, ValueError) as error:
+        info = ClientInfo(str(header["client"]), int(header["examples"]), int(header["rank"]), float(header["scale"]))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ClientFailed(f"node {reply.node}: its hello cannot be read: {error}") from error
+    if info.examples < 1 or info.rank < 1 or not 0 < info.scale < math.inf:
+        raise ClientFailed(f"{info.id}: it says {info}; wanted examples and rank of at least 1, and a scale above 0")
+    return info

@@ -6,6 +6,7 @@ import os
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -60,20 +61,25 @@ def render(run: RecordedRun) -> str:
     )
 
 
-def loading_lines(run: RecordedRun) -> str:
-    """Three lines of Python that load the adapter, typed in the run folder."""
+def loading_lines(run: RecordedRun, adapter: str = "adapter") -> str:
+    """Three lines of Python that load the adapter; as it stands, they are typed in the run folder."""
     model = view.section(run.job, "model")
     base = run.base_model or str(model.get("path", "the base model"))
     if base.startswith("builtin:"):
         base = str(base_model())
     classification = model.get("task") == "classification"
     auto = "AutoModelForSequenceClassification" if classification else "AutoModelForCausalLM"
-    labels = f", num_labels={model['labels']!r}" if classification and "labels" in model else ""
+    labels = f", num_labels={_classes(model['labels'])}" if classification and "labels" in model else ""
     return (
         "from peft import PeftModel\n"
         f"from transformers import {auto}\n"
-        f'model = PeftModel.from_pretrained({auto}.from_pretrained({base!r}{labels}), "adapter")'
+        f"model = PeftModel.from_pretrained({auto}.from_pretrained({base!r}{labels}), {adapter!r})"
     )
+
+
+def _classes(labels: Any) -> Any:
+    """A job names its classes or says how many there are."""
+    return len(labels) if isinstance(labels, list) else labels
 
 
 @cache

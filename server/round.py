@@ -83,15 +83,16 @@ class Round:
 
     def _answers(self, ask: Ask, ask_id: str, cohort: Sequence[ClientInfo]) -> Answers:
         """Spool what passes the gate, and give the strategy what it may see of it."""
-        spool, weights, schemas = Spool(self._run.spool / ask_id), dict[str, float](), {}
+        spool, weights, schemas, metrics = Spool(self._run.spool / ask_id), dict[str, float](), {}, {}
         for client, answer, envelope in self._admitted(self.tally.able(info.id for info in cohort), ask, ask_id):
             with writing(self._run.path):
                 spool.put(client, envelope)
-            weights[client], schemas[client] = answer.weight, schema_of(answer, ask.fold)
-            self.tally.trained(client, answer)
+            weights[client], schemas[client], metrics[client] = answer.weight, schema_of(answer, ask.fold), answer.metrics
         for client, reason in misfits(schemas).items():
             self.tally.failed(client, f"refused: {reason}")
             del weights[client]
+        for client in weights:
+            self.tally.trained(client, metrics[client])
         self._require_quorum(len(weights), len(cohort))
         return SpooledAnswers(spool, weights, ask.fold)
 

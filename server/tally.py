@@ -31,9 +31,9 @@ class Tally:
         """Those of them that have not failed in this round."""
         return [client for client in clients if self.clients[client].failed is None]
 
-    def trained(self, client: str, answer: Answer) -> None:
+    def trained(self, client: str, metrics: Mapping[str, float]) -> None:
         record = self.clients[client]
-        examples, loss = answer.metrics.get("examples", 0.0), answer.metrics.get("loss", record.train_loss)
+        examples, loss = metrics.get("examples", 0.0), metrics.get("loss", record.train_loss)
         self.clients[client] = replace(record, examples=record.examples + examples, train_loss=loss)
 
     def held_out(self, client: str, answer: Answer) -> None:

@@ -140,9 +140,12 @@ def _run(job: Job, folder: Path, engine: Engine, watcher: Watcher) -> None:
 
 
 def _finish(folder: Path) -> None:
-    from server.report import write_report
+    """Where everything is, and how to load it."""
+    from server.report import loading_lines, write_report
+    from server.report_folder import read_run
 
-    typer.echo(f"report:  {write_report(folder)}\nadapter: {folder / 'adapter'}")
+    typer.echo(f"report:  {write_report(folder)}\nadapter: {folder / 'adapter'}, loaded with:\n")
+    typer.echo(loading_lines(read_run(folder), str(folder / "adapter")))
 
 
 def _job_file(job: str) -> Path:

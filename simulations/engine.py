@@ -49,6 +49,8 @@ def resident_trainer(job: Job, watcher: Watcher) -> Trainer:
     for number, client in enumerate(trainer.clients):
         watcher.doing("reading data", number, len(trainer.clients))
         trainer.data(client)
+    if job.compare and not any(trainer.data(client).held_out for client in trainer.clients):
+        raise JobError("compare = true measures on held-out examples, and no client has any: give the clients more data")
     return trainer
 
 

@@ -3,7 +3,7 @@
 It reads only the *top-level modules* of the standard library (`Lib/*.py`), never its packages: those belong to the
 clients of the default job. One module in twelve is held out, to know the loss on code that was never seen.
 
-    python -m simulations.pretrain --out my_base_model          # about forty minutes on one core
+    python -m simulations.pretrain --out my_base_model          # about ten minutes on two cores
 
 Matrices are trained with Muon (Jordan et al. 2024, as in `torch.optim.Muon`, torch >= 2.9), the rest with AdamW.
 """
@@ -90,7 +90,7 @@ def mean_loss(model: LlamaForCausalLM, stream: torch.Tensor) -> float:
 def optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
@@ -161,10 +161,10 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its tokenizer")
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=16, help=f"examples of {WINDOW} tokens in a step")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     pretrain(args.out, args.steps, args.batch, args.lr, args.threads)
 

@@ -108,11 +108,6 @@ def test_python_of_the_readme(code: str, workspace: Path, capsys: pytest.Capture
     assert "def read(self, path):" in capsys.readouterr().out
 
 
-def test_the_demo_prints_the_lines_of_the_readme() -> None:
-    [lines] = re.findall(r"^define LOAD\n(.*?)^endef$", (ROOT / "Makefile").read_text(), flags=re.DOTALL | re.MULTILINE)
-    assert any(block.startswith(lines) for block in blocks("README.md", "python"))
-
-
 def test_a_run_s_job_can_be_given_again(workspace: Path) -> None:
     """As docs/job.md says."""
     job = load_job(Path("runs/notes/job.toml"))

@@ -150,6 +150,7 @@ def test_a_client_whose_tensors_differ_is_left_out_of_a_sum(play: Play) -> None:
 
     result = play("rounds.count=1", odd={("cy", 1): without_a_tensor})
     assert result.records[1].clients["cy"].failed.startswith("refused: its tensors are not those of the other clients")
+    assert [result.records[1].clients[client].examples for client in SIZES] == [4.0, 4.0, 0.0]
     assert numbers(result.adapter) == [14.0]  # (1 * 8 + 3 * 16) / 4
 
 
@@ -258,6 +259,9 @@ def test_a_cohort_larger_than_all_is_all(play: Play) -> None:
         ({"client": "ann"}, "a client named 'ann' is already here, names must differ"),
         ({"failed": "no such file"}, "bob: no such file"),
         ({"examples": "many"}, "its hello cannot be read"),
+        ({"examples": 0}, "wanted examples and rank of at least 1"),
+        ({"rank": -8}, "wanted examples and rank of at least 1"),
+        ({"scale": math.inf}, "and a scale above 0"),
         ({"rank": None}, "its hello cannot be read"),
     ],
 )

@@ -166,7 +166,7 @@ def test_the_loading_lines_name_the_base_of_the_adapter(tmp_path: Path) -> None:
     (folder / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "models/it\'s"}')
     lines = html.unescape(write_report(folder).read_text()).split("<code>")[1].split("</code>")[0]
     assert len(lines.splitlines()) == 3
-    assert """from_pretrained("models/it's"), "adapter")""" in lines
+    assert """from_pretrained("models/it's"), 'adapter')""" in lines
     compile(lines, "lines", "exec")
 
 

@@ -34,9 +34,9 @@ def test_a_time_that_is_none_counts_as_nothing(seconds: object) -> None:
 
 def test_examples_add_up_and_the_last_loss_counts() -> None:
     tally = Tally(["ann"])
-    tally.trained("ann", Answer(metrics={"loss": 3.0, "examples": 8}))
-    tally.trained("ann", Answer(metrics={"loss": 2.0, "examples": 8}))
-    tally.trained("ann", Answer())  # an ask without training, such as for norms
+    tally.trained("ann", {"loss": 3.0, "examples": 8})
+    tally.trained("ann", {"loss": 2.0, "examples": 8})
+    tally.trained("ann", {})  # an ask without training, such as for norms
     assert (tally.clients["ann"].examples, tally.clients["ann"].train_loss) == (16, 2.0)
 
 

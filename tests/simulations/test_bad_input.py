@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from fedtune import peft_folder
 from fedtune.paths import app_root
@@ -208,6 +209,24 @@ def test_weights_that_are_cut_off(model_without: Callable[[str], Path], refused:
     file = model_without("nothing") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     assert f"the model in {file.parent} cannot be loaded" in refused(f"model.path={file.parent}")
+
+
+def test_weights_of_which_some_are_missing(model_without: Callable[[str], Path], refused: Refused) -> None:
+    file = model_without("nothing") / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.norm.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    assert f"{file.parent} lacks weights of the model: model.norm.weight" in refused(f"model.path={file.parent}")
+
+
+def test_a_comparison_of_clients_with_one_row_each(refused: Refused, tmp_path: Path) -> None:
+    """A single row is trained on, so nothing is held out."""
+    data = tmp_path / "single"
+    data.mkdir()
+    for client in ("ann", "bob"):
+        jsonl(data / f"{client}.jsonl", {"text": "a row of text"})
+    said = refused("compare=true", f"data.path={data}", "clients.count=2")
+    assert "compare = true measures on held-out examples, and no client has any" in said
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])

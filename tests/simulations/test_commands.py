@@ -52,7 +52,10 @@ def test_a_simulation_leaves_a_run_that_can_be_reported_again(
 ) -> None:
     run = tmp_path / "run"
     said = fedtune("simulate", job_file, "--out", run, *SMALL, "--set", "compare=true")
-    assert f"adapter: {run / 'adapter'}" in said
+    assert f"adapter: {run / 'adapter'}, loaded with:" in said
+    loaded: dict[str, object] = {}
+    exec(said.partition("loaded with:")[2], loaded)  # the three lines
+    assert type(loaded["model"]).__name__ == "PeftModelForCausalLM"
     files = {"adapter", "comparison.json", "events", "job.toml", "metrics.jsonl", "report.html", "rounds"}
     assert {path.name for path in run.iterdir()} == files
     written = tomllib.loads((run / "job.toml").read_text(encoding="utf-8"))
