@@ -3,7 +3,7 @@
 It reads only the *top-level modules* of the standard library (`Lib/*.py`), never its packages: those belong to the
 clients of the default job. One module in twelve is held out, to know the loss on code that was never seen.
 
-    python -m simulations.pretrain --out my_base_model          # about ten minutes on two cores
+    python -m simulations.pretrain --out my_base_model          # about twenty minutes on two cores
 
 Matrices are trained with Muon (Jordan et al. 2024, as in `torch.optim.Muon`, torch >= 2.9), the rest with AdamW.
 """
@@ -90,63 +90,68 @@ def mean_loss(model: LlamaForCausalLM, stream: torch.Tensor) -> float:
 def optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
-def schedule(step: int, steps: int) -> float:
-    """Warm-up over 100 steps, then a cosine down to a hundredth."""
-    return min((step + 1) / 100, 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+def schedule(step: int, steps: int, warmup: int, decay: int) -> float:
+    """The share of the peak rate: up over `warmup` steps, constant, then straight down to 0 over the last `decay`."""
+    return min((step + 1) / max(warmup, 1), 1.0, (steps - step) / decay)
 
 
-def pretrain(out: Path, steps: int, batch: int, lr: float, threads: int) -> None:
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    draw = torch.Generator().manual_seed(0)
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def pretrain(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    draw = torch.Generator().manual_seed(args.seed)
     train_texts, held_texts = top_level_modules()
     tokenizer = train_tokenizer(train_texts, 2048)
     train, held = as_stream(train_texts, tokenizer), as_stream(held_texts, tokenizer)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=256,
-            intermediate_size=640,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=CONTEXT,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    model = LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32) if args.init else new_model(tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} training tokens", flush=True)
-    opts, began, running, best = optimizers(model, lr), time.monotonic(), 0.0, math.inf
-    for step in range(steps):
-        starts = torch.randint(len(train) - WINDOW, (batch,), generator=draw)
+    opts, began, running, best = optimizers(model, args.lr), time.monotonic(), math.nan, math.inf
+    for step in range(args.steps):
+        starts = torch.randint(len(train) - WINDOW, (args.batch,), generator=draw)
         ids = torch.stack([train[s : s + WINDOW] for s in starts.tolist()])  # (batch, WINDOW)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for opt in opts:
-            for group in opt.param_groups:
-                group["lr"] = lr * schedule(step, steps)
-            opt.step()
-            opt.zero_grad()
-        running = loss.item() if step == 0 else 0.99 * running + 0.01 * loss.item()
-        if (step + 1) % 250 == 0 or step + 1 == steps:
+        loss = gradient_step(model, opts, ids, args.lr * schedule(step, args.steps, args.warmup, args.decay))
+        running = loss if step == 0 else 0.99 * running + 0.01 * loss
+        if (step + 1) % args.look_every == 0 or step + 1 == args.steps:
             minutes, loss_held = (time.monotonic() - began) / 60, mean_loss(model, held)
-            better = loss_held < best
-            print(
-                f"step {step + 1} train {running:.3f} held-out {loss_held:.4f}{' *' if better else ''} {minutes:.1f} min",
-                flush=True,
-            )
-            if better:
+            print(f"step {step + 1} train {running:.3f} held-out {loss_held:.4f} {minutes:.1f} min", flush=True)
+            if loss_held < best:
                 best = loss_held
-                save(model, tokenizer, out)
+                save(model, tokenizer, args.out)
     print(f"kept the model with held-out loss {best:.4f}; Python {platform.python_version()}, torch {torch.__version__}")
+
+
+def gradient_step(model: LlamaForCausalLM, opts: list[torch.optim.Optimizer], ids: torch.Tensor, lr: float) -> float:
+    """One step on ids (batch, WINDOW); returns the loss before it."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for opt in opts:
+        for group in opt.param_groups:
+            group["lr"] = lr
+        opt.step()
+        opt.zero_grad()
+    return loss.item()
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -161,12 +166,16 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its tokenizer")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--init", type=Path, help="go on from this model in place of a new one")
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--warmup", type=int, default=100, help="steps")
+    parser.add_argument("--decay", type=int, default=300, help="steps at the end, over which the rate goes to 0")
     parser.add_argument("--batch", type=int, default=16, help=f"examples of {WINDOW} tokens in a step")
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--look-every", type=int, default=250, help="steps between looks at the held-out loss")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    pretrain(args.out, args.steps, args.batch, args.lr, args.threads)
+    pretrain(parser.parse_args())
 
 
 if __name__ == "__main__":
