@@ -2,7 +2,8 @@
 
 All see everybody's held-out examples, with the job's own optimiser, learning rate and batch. A client alone takes as many
 steps as it may take in the federation; central training sees as many examples, in the same batches, as all clients did.
-Each of them keeps one optimiser from its first step to its last.
+Each of them keeps one optimiser from its first step to its last, and its rate falls along one cosine: a constant rate would
+handicap them, since no averaging calms their steps (simulations/LOG.md has the figures).
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _trained_loss(trainer: Trainer, start: Adapter, examples: Sequence[Example],
     """Train `start` on the examples; its loss on everybody's held-out examples."""
     job, resident = trainer.job, trainer.resident
     resident.load(start, Adapter(), frozenset())
-    train = job.train.model_copy(update={"schedule": job.train.round_schedule})
+    train = job.train.model_copy(update={"schedule": "cosine"})
     fit(resident, batches(examples, train.batch, job.seed, who, "comparison"), train, steps, train.lr)
     return everybodys_loss(trainer)
 

@@ -85,7 +85,8 @@ def trained_loss(trainer: Trainer, examples: Any, steps: int, who: str) -> float
     """Of an adapter trained on these examples, on everybody's held-out ones in one list."""
     job, everybodys = trainer.job, [one for client in trainer.clients for one in trainer.data(client).held_out]
     trainer.resident.load(blueprint(job).adapter, Adapter(), frozenset())
-    fit(trainer.resident, batches(examples, 2, job.seed, who, "comparison"), job.train, steps, job.train.lr)
+    train = job.train.model_copy(update={"schedule": "cosine"})
+    fit(trainer.resident, batches(examples, 2, job.seed, who, "comparison"), train, steps, train.lr)
     return evaluate(trainer.resident, everybodys, 4)["loss"]
 
 
