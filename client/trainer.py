@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from client.data.compact import compact
 from client.data.examples import ClientData
 from client.data.load import labels_in, load_client
 from client.data.sources import Source, clients_in
@@ -65,7 +66,7 @@ class Trainer:
         if client not in self._data:
             job, tokenizer = self.job, self.resident.tokenizer
             read = load_client(self._sources[client], job.data, job.model.task, tokenizer, job.seed, job.model.label_names)
-            self._data[client] = read
+            self._data[client] = ClientData(compact(read.train), compact(read.held_out))
         return self._data[client]
 
     def answer(self, envelope: Envelope, client: str | None = None) -> Envelope:

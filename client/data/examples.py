@@ -43,8 +43,8 @@ class Labelled:
 class ClientData:
     """What one client trains on, and what it only evaluates."""
 
-    train: tuple[Example, ...] | tuple[Labelled, ...]
-    held_out: tuple[Example, ...] | tuple[Labelled, ...] = ()
+    train: Sequence[Example] | Sequence[Labelled]
+    held_out: Sequence[Example] | Sequence[Labelled] = ()
 
 
 def single(ids: Sequence[int], learnt: Sequence[bool]) -> Example:
