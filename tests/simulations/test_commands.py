@@ -169,16 +169,21 @@ def test_ctrl_c_ends_in_one_line_and_keeps_the_rounds(
 def test_ctrl_c_in_a_process_of_its_own(job_file: Path, tmp_path: Path) -> None:
     """The signal itself, sent once the first round is done."""
     words = ("simulate", job_file, "--out", tmp_path / "run", "--set", "rounds.count=100000")
-    command = [sys.executable, "-m", "fedtune.cli", *map(str, words)]
+    # A shell starts what it puts into the background with SIGINT ignored, and that is inherited: a terminal does not.
+    as_a_terminal = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import fedtune.cli as c; c.main()"
+    command = [sys.executable, "-c", as_a_terminal, *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, cwd=app_root(), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as it:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "run" / "adapter").exists() and it.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        it.send_signal(signal.SIGINT)
-        _, err = it.communicate(timeout=60)
+        try:
+            deadline = time.monotonic() + 120
+            while not (tmp_path / "run" / "adapter").exists() and it.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+            it.send_signal(signal.SIGINT)
+            _, err = it.communicate(timeout=60)
+        finally:
+            it.kill()
     assert it.returncode == 130
     assert re.fullmatch(r"fedtune: stopped; .*\n", err)
     read_adapter(tmp_path / "run" / "adapter")
