@@ -81,12 +81,14 @@ def model_config(job: Job, folder: Path) -> PretrainedConfig:
         raise ModelError(f"the config of {folder} cannot be read: {error}") from error
 
 
-def lora_config(job: Job, rank: int | None = None) -> LoraConfig:
+def lora_config(job: Job) -> LoraConfig:
     targets = job.adapter.targets
     return LoraConfig(
         task_type=PEFT_TASKS[job.model.task],
-        r=rank or job.adapter.rank,
-        lora_alpha=whole(job.adapter.alpha),
+        r=job.adapter.rank_for(),
+        lora_alpha=whole(job.adapter.alpha_for()),
+        rank_pattern=dict(job.adapter.rank_pattern),
+        alpha_pattern={name: whole(alpha) for name, alpha in job.adapter.alpha_pattern.items()},
         lora_dropout=job.adapter.dropout,
         use_rslora=job.adapter.rslora,
         target_modules=targets if isinstance(targets, str) else list(targets),

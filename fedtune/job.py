@@ -59,17 +59,51 @@ class Model(Section):
         return self.labels if self.labels is None or isinstance(self.labels, int) else len(self.labels)
 
 
+class RankRule(Section):
+    """A rank for each client by what it can afford: its budget times `default`, from 1 to `max`."""
+
+    default: PositiveInt
+    by: Literal["budget"]
+    max: PositiveInt
+
+    def value(self, budget: float) -> int:
+        return min(max(round(self.default * budget), 1), self.max)
+
+
+class AlphaRule(Section):
+    """An alpha for each client by what it can afford: its budget times `default`, at most `max`."""
+
+    default: PositiveFloat
+    by: Literal["budget"]
+    max: PositiveFloat
+
+    def value(self, budget: float) -> float:
+        return min(self.default * budget, self.max)
+
+
 class AdapterSettings(Section):
     """The LoRA pairs that train."""
 
-    rank: PositiveInt = Field(8, description="directions in which each adapted matrix can change")
-    alpha: PositiveFloat = Field(16.0, description="the product of a pair is scaled by alpha/rank")
+    rank: PositiveInt | RankRule = Field(8, description="directions in which each adapted matrix can change")
+    alpha: PositiveFloat | AlphaRule = Field(16.0, description="the product of a pair is scaled by alpha/rank")
+    rank_pattern: Mapping[str, PositiveInt] = Field(
+        default_factory=dict, description="modules, by name or PEFT pattern, of another rank than the rest, for every client"
+    )
+    alpha_pattern: Mapping[str, PositiveFloat] = Field(
+        default_factory=dict, description="modules of another alpha than the rest, for every client"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="share of a pair's inputs that a training step leaves out")
     targets: str | tuple[str, ...] = Field("all-linear", description="names of modules, or all-linear")
     rslora: bool = Field(False, description="scale alpha/sqrt(rank) in place of alpha/rank")
 
     def scale(self, rank: int, alpha: float) -> float:
         return alpha / rank**0.5 if self.rslora else alpha / rank
+
+    def rank_for(self, budget: float = 1.0) -> int:
+        return self.rank if isinstance(self.rank, int) else self.rank.value(budget)
+
+    def alpha_for(self, budget: float = 1.0) -> float:
+        return self.alpha.value(budget) if isinstance(self.alpha, AlphaRule) else self.alpha
 
 
 class Data(Section):
@@ -81,6 +115,10 @@ class Data(Section):
     max_length: int = Field(128, ge=8, description="tokens in one example")
     packing: bool = Field(True, description="several short texts in one example")
     max_held_out: NonNegativeInt = Field(0, description="examples of a client that an evaluation looks at; 0 is all")
+    partition: Literal["natural", "iid", "dirichlet"] = Field(
+        "natural", description="simulation: clients as the data has them, or clients.count new ones drawn from all of its rows"
+    )
+    concentration: PositiveFloat = Field(0.1, description="of dirichlet: the smaller, the fewer topics or labels a client has")
 
 
 class Clients(Section):
@@ -93,6 +131,9 @@ class Clients(Section):
     )
     alphas: Mapping[str, PositiveFloat] = Field(
         default_factory=dict, description="alpha of a client that differs from adapter.alpha"
+    )
+    budgets: Mapping[str, PositiveFloat] = Field(
+        default_factory=dict, description="what a client can afford, where adapter.rank or adapter.alpha go by it; absent is 1"
     )
 
 
@@ -155,6 +196,9 @@ class Job(Section):
     rounds: Rounds = Rounds()
     strategy: StrategySettings = StrategySettings()
     machine: Machine = Machine()
+    variants: Mapping[str, Mapping[str, Any]] = Field(
+        default_factory=dict, description="other settings under a name, for `fedtune compare`; a run leaves them alone"
+    )
     compare: bool = Field(False, description="simulation: also measure the base, each client alone, and central training")
 
     @model_validator(mode="before")
@@ -169,11 +213,18 @@ class Job(Section):
         return strategy_from(self.strategy.name, self.strategy.settings)
 
     def rank_of(self, client: str) -> int:
-        return self.clients.ranks.get(client, self.adapter.rank)
+        own = self.clients.ranks.get(client)
+        return self.adapter.rank_for(self._budget(client)) if own is None else own
+
+    def alpha_of(self, client: str) -> float:
+        own = self.clients.alphas.get(client)
+        return self.adapter.alpha_for(self._budget(client)) if own is None else own
 
     def scale_of(self, client: str) -> float:
-        rank, alpha = self.rank_of(client), self.clients.alphas.get(client, self.adapter.alpha)
-        return self.adapter.scale(rank, alpha)
+        return self.adapter.scale(self.rank_of(client), self.alpha_of(client))
+
+    def _budget(self, client: str) -> float:
+        return self.clients.budgets.get(client, 1.0)
 
 
 def load_job(path: Path, overrides: Iterable[str] = ()) -> Job:
@@ -234,15 +285,20 @@ def _set(given: dict[str, Any], override: str) -> None:
 
 
 def _first_problem(error: ValidationError, given: Any) -> str:
-    problem, written = error.errors()[0], []
-    for part in problem["loc"]:  # goes on beyond what the user wrote, into members of a union
-        if not isinstance(given, Mapping) or part not in given:
-            break
-        written.append(str(part))
-        given = given[part]
+    """In words that name the key as the user wrote it. Of the members of a union the one that came furthest speaks."""
+    problems = error.errors()
+    same_key = [problem for problem in problems if problem["loc"][:2] == problems[0]["loc"][:2]]
+    problem, written = max(same_key, key=lambda one: len(one["loc"])), []
+    for part in problem["loc"]:  # some are names of the union's members, which nobody wrote
+        if isinstance(given, Mapping) and part in given:
+            written.append(str(part))
+            given = given[part]
+    if problem["type"] == "missing":
+        written.append(str(problem["loc"][-1]))
     key = ".".join(written)
     if problem["type"] == "extra_forbidden":
-        hint = nearest(key, known_keys()) or f"; known keys of a job: {', '.join(sorted(known_keys()))}"
+        sections = {known.partition(".")[0] for known in known_keys()}
+        hint = nearest(key, sections | known_keys().keys()) or f"; known keys of a job: {', '.join(sorted(known_keys()))}"
         return f"unknown key '{key}'{hint}"
     wanted = problem["msg"][:1].lower() + problem["msg"][1:]
     return f"'{key}': {wanted}, given {problem['input']!r}"

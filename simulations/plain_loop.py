@@ -26,7 +26,7 @@ def plain_loop(job: Job) -> float:
     data = {name: load_client(source, job.data, "causal", tokenizer, job.seed) for name, source in sources.items()}
     model = AutoModelForCausalLM.from_pretrained(model_folder(job.model), dtype=torch.float32)
     config = LoraConfig(
-        r=job.adapter.rank, lora_alpha=int(job.adapter.alpha), target_modules="all-linear", task_type="CAUSAL_LM"
+        r=job.adapter.rank_for(), lora_alpha=int(job.adapter.alpha_for()), target_modules="all-linear", task_type="CAUSAL_LM"
     )
     model = get_peft_model(model, config)
     model.config.use_cache = False

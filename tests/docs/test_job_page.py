@@ -39,8 +39,11 @@ def values(kind: Any) -> str:
     if get_origin(kind) is tuple:
         return f"list of {values(inner[0])}s"
     if get_origin(kind) is Mapping:
-        return f"table: client = {values(inner[1])}"
-    return WORDS[kind]
+        return f"table: name = {values(inner[1])}"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        keys = ", ".join(f"{name} = {values(field.annotation)}" for name, field in kind.model_fields.items())
+        return f"table: {keys}"
+    return WORDS.get(kind, "value")
 
 
 def row(key: str, field: FieldInfo) -> str:
