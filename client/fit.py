@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from client.data.batches import collate
 from client.data.examples import Example
 from client.model import ResidentModel
+from fedtune.adapter import Adapter, scaled
 from fedtune.job import Train
-
-Penalty = Callable[[], Tensor]
+from fedtune.strategy import Penalty
 
 
 def fit(
@@ -24,27 +24,38 @@ def fit(
     peak_lr: float,
     penalty: Penalty | None = None,
 ) -> dict[str, float]:
-    """`steps` gradient steps from a fresh optimiser; returns the mean `loss` (nats per token), `steps` and `examples`.
-
-    `penalty` gives a scalar that is added to the loss of every step (FedProx, for one).
-    """
+    """`steps` gradient steps from a fresh optimiser; returns the mean `loss` (nats per token), `steps`, `examples` and
+    `lr_sum`, the rates of all steps added. `penalty` is of the adapter in training, and added to the loss of every step."""
     parameters = resident.trainable()
     optimizer = make_optimizer(parameters, train, peak_lr)
     resident.peft.train()
-    losses, seen = [], 0
+    losses, seen, rates = [], 0, 0.0
     for step, batch in zip(range(steps), batches, strict=False):
+        rate = peak_lr * lr_factor(step, steps, train)
         for group in optimizer.param_groups:
-            group["lr"] = peak_lr * lr_factor(step, steps, train)
+            group["lr"] = rate
         losses.append(accumulate(resident, batch, train.micro_batch or len(batch)))
         if penalty is not None:
-            penalty().backward()
+            penalty(resident.live()).backward()
         if train.clip:
             nn.utils.clip_grad_norm_(parameters, train.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        seen += len(batch)
+        seen, rates = seen + len(batch), rates + rate
     loss = torch.stack(losses).mean().item() if losses else math.nan
-    return {"loss": loss, "steps": float(len(losses)), "examples": float(seen)}
+    return {"loss": loss, "steps": float(len(losses)), "examples": float(seen), "lr_sum": rates}
+
+
+def gradient(resident: ResidentModel, batches: Iterable[Sequence[Example]], micro_batch: int | None) -> Adapter:
+    """Of the mean loss over the batches, by what is trainable in the slot."""
+    resident.peft.train()
+    count = 0
+    for batch in batches:
+        accumulate(resident, batch, micro_batch or len(batch))
+        count += 1
+    summed = resident.gradient()
+    resident.peft.zero_grad(set_to_none=True)
+    return scaled(summed, 1 / max(count, 1))
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], train: Train, lr: float) -> torch.optim.Optimizer:

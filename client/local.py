@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
+from torch import Tensor
 
 from client.data.batches import batches
-from client.data.examples import ClientData
-from client.fit import Penalty, cosine, evaluate, fit
+from client.data.examples import ClientData, Example
+from client.fit import cosine, evaluate, fit, gradient
 from client.model import ResidentModel
 from fedtune.adapter import Adapter
+from fedtune.base import pinned
 from fedtune.job import Job, Train
 from fedtune.seeds import seed_of
+from fedtune.strategy import Penalty
 
 EVALUATION_TOKENS = 4096  # in memory at a time
 
@@ -24,23 +28,49 @@ class Local:
     def __init__(self, resident: ResidentModel, data: ClientData, job: Job, client: str, round: int) -> None:
         self.examples = len(data.train)
         self.rank, self.scale = job.rank_of(client), job.scale_of(client)
+        self._pinned = pinned(job, resident.lora, self.rank, self.scale)
         self._resident, self._data, self._job, self._client, self._round = resident, data, job, client, round
 
-    def load(self, adapter: Adapter, merged: Adapter | None = None, frozen: Sequence[str] = ()) -> None:
-        self._resident.load(adapter, merged or Adapter(), frozenset(frozen))
+    def rank_of(self, path: str) -> int:
+        return self._pinned.get(path, (self.rank, self.scale))[0]
+
+    def scale_of(self, path: str) -> float:
+        return self._pinned.get(path, (self.rank, self.scale))[1]
+
+    def load(
+        self,
+        adapter: Adapter,
+        merged: Adapter | None = None,
+        frozen: Sequence[str] = (),
+        cores: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._resident.load(adapter, merged or Adapter(), frozenset(frozen), cores)
 
     def adapter(self) -> Adapter:
         return self._resident.adapter()
 
+    def cores(self) -> Mapping[str, Tensor]:
+        return self._resident.cores()
+
     def fit(self, penalty: Penalty | None = None) -> Mapping[str, float]:
-        train, names = self._job.train, (self._job.seed, self._round, self._client)
-        drawn = batches(self._data.train, train.batch, *names, "batches")
-        with _dropout_seed(*names, "dropout"):
-            return fit(self._resident, drawn, train, self.steps(), self.peak_lr(), penalty)
+        train = self._job.train
+        with _dropout_seed(*self._names, "dropout"):
+            return fit(self._resident, self._batches(), train, self.steps(), self.peak_lr(), penalty)
+
+    def gradient(self, batches: int = 1) -> Adapter:
+        with _dropout_seed(*self._names, "dropout"):
+            return gradient(self._resident, islice(self._batches(), batches), self._job.train.micro_batch)
 
     def evaluate(self) -> Mapping[str, float]:
         size = max(1, EVALUATION_TOKENS // self._job.data.max_length)
         return evaluate(self._resident, self._data.held_out, size)
+
+    @property
+    def _names(self) -> tuple[object, ...]:
+        return self._job.seed, self._round, self._client
+
+    def _batches(self) -> Iterator[Sequence[Example]]:
+        return batches(self._data.train, self._job.train.batch, *self._names, "batches")
 
     def steps(self) -> int:
         """Gradient steps of one round: as given, or from epochs, rounded up."""

@@ -1,17 +1,21 @@
 """The resident base model: loaded once, one adapter attached once, tensors swapped in and out for each client.
 
 What a strategy wants merged lies in the base weights themselves, always computed from the pristine ones in float32 and
-rounded once, so that nothing drifts over rounds. Beside a quantised base, which cannot take small updates, it lies in a
-second, frozen adapter.
+rounded once, so that nothing drifts over rounds. Beside a quantised base, which cannot take small updates, or a weight that
+another module shares (tied embeddings), it lies in a second, frozen adapter.
 """
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from client.core import cores_of, put_cores
 from client.loading import has_fast_bf16, load_base, load_tokenizer, pick_device
 from fedtune import lora
 from fedtune.adapter import Adapter, Factors
@@ -29,7 +33,6 @@ class ResidentModel:
         self.base = base_hash(model_folder(job.model))
         precision = job.train.precision
         self.autocast = has_fast_bf16(self.device) if precision == "auto" else precision == "bf16"
-        self.quantized = job.model.quantize != "none"
         self.causal = job.model.task == "causal"
         self.tokenizer = load_tokenizer(job)
         self.pad: int = self.tokenizer.pad_token_id
@@ -37,14 +40,17 @@ class ResidentModel:
         self.peft.config.use_cache = False
         self.lora: dict[str, LoraLayer] = dict(lora_layers(self.peft))
         self.dense: dict[str, nn.Parameter] = dict(dense_parameters(self.peft))
+        self.beside = not _mergeable(self.peft, self.lora)
         self._merged: dict[str, Factors] = {}
         self._pristine: dict[str, Tensor] = {}
         if job.train.checkpointing:
             _enable_checkpointing(self.peft)
 
-    def load(self, adapter: Adapter, merged: Adapter, frozen: frozenset[str]) -> None:
+    def load(
+        self, adapter: Adapter, merged: Adapter, frozen: frozenset[str], cores: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Swap in an adapter and what is merged below it; modules that `adapter` does not name get an empty pair."""
-        if self.quantized and merged.lora and CORRECTION not in self.peft.peft_config:
+        if self.beside and merged.lora and CORRECTION not in self.peft.peft_config:
             self._add_correction()
         for path, layer in self.lora.items():
             pair = adapter.lora.get(path) or _empty(layer)
@@ -53,15 +59,31 @@ class ResidentModel:
             if name in adapter.dense:
                 parameter.data.copy_(adapter.dense[name])
             parameter.requires_grad_("dense" not in frozen)
+        put_cores(self.lora, cores or {})
         self._merge({path: pair for path, pair in merged.lora.items() if pair.rank})
 
     def adapter(self) -> Adapter:
         """A copy on the CPU, in float32, of what is in the slot."""
-        pairs = {}
-        for path, layer in self.lora.items():
-            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            pairs[path] = Factors(_copy(A), _copy(B), layer.scaling["default"])
-        return Adapter(pairs, {name: _copy(parameter) for name, parameter in self.dense.items()}, self.base)
+        live = self.live()
+        pairs = {path: Factors(_copy(pair.A), _copy(pair.B), pair.scale) for path, pair in live.lora.items()}
+        return Adapter(pairs, {name: _copy(parameter) for name, parameter in live.dense.items()}, self.base)
+
+    def cores(self) -> dict[str, Tensor]:
+        return {path: _copy(core) for path, core in cores_of(self.lora).items()}
+
+    def live(self) -> Adapter:
+        """What is in the slot, not copied: the tensors that train, for a penalty to be computed from."""
+        pairs = {
+            path: Factors(layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
+            for path, layer in self.lora.items()
+        }
+        return Adapter(pairs, dict(self.dense), self.base)
+
+    def gradient(self) -> Adapter:
+        """What the last backward passes have left in the slot, as `adapter` gives its values; zero for what is frozen."""
+        live = self.live()
+        pairs = {path: Factors(_slope(pair.A), _slope(pair.B), pair.scale) for path, pair in live.lora.items()}
+        return Adapter(pairs, {name: _slope(parameter) for name, parameter in live.dense.items()}, self.base)
 
     def loss_options(self, learnt: int) -> dict[str, int]:
         """For a causal model, the number of tokens that its loss is a mean over."""
@@ -87,7 +109,7 @@ class ResidentModel:
         for path, layer in self.lora.items():
             if path in wanted or path in self._merged:
                 pairs = [wanted[path]] if path in wanted else []
-                (self._merge_beside if self.quantized else self._merge_into_base)(path, layer, pairs)
+                (self._merge_beside if self.beside else self._merge_into_base)(path, layer, pairs)
         self._merged = wanted
 
     def _merge_into_base(self, path: str, layer: LoraLayer, pairs: list[Factors]) -> None:
@@ -109,6 +131,13 @@ class ResidentModel:
             self._merge_beside(path, layer, [])
 
 
+def _mergeable(model: nn.Module, layers: Mapping[str, LoraLayer]) -> bool:
+    """Whether a change may go into the weights themselves: they are neither quantised nor shared with another module."""
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    weights = [layer.get_base_layer().weight for layer in layers.values()]
+    return all(weight.is_floating_point() and uses[id(weight)] == 1 for weight in weights)
+
+
 def _enable_checkpointing(peft: PeftModel) -> None:
     """Under its name in transformers, which changed within version 5."""
     old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
@@ -126,6 +155,10 @@ def _same(one: dict[str, Factors], other: dict[str, Factors]) -> bool:
         pair.scale == other[path].scale and torch.equal(pair.A, other[path].A) and torch.equal(pair.B, other[path].B)
         for path, pair in one.items()
     )
+
+
+def _slope(parameter: Tensor) -> Tensor:
+    return _copy(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
 
 
 def _copy(parameter: Tensor) -> Tensor:

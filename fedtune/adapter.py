@@ -49,3 +49,9 @@ class Adapter:
         """How many numbers the adapter holds."""
         pairs = sum(pair.A.numel() + pair.B.numel() for pair in self.lora.values())
         return pairs + sum(tensor.numel() for tensor in self.dense.values())
+
+
+def scaled(adapter: Adapter, factor: float) -> Adapter:
+    """Every tensor of it times `factor`: for gradients and differences, not for products."""
+    lora = {path: Factors(pair.A * factor, pair.B * factor, pair.scale) for path, pair in adapter.lora.items()}
+    return Adapter(lora, {name: tensor * factor for name, tensor in adapter.dense.items()}, adapter.base)

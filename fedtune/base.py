@@ -6,7 +6,7 @@ Nothing here loads weights into memory: shapes come from the config on the meta 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
@@ -168,14 +169,31 @@ def blueprint(job: Job) -> Blueprint:
     )
 
 
+def pinned(job: Job, paths: Iterable[str], rank: int, scale: float) -> dict[str, tuple[int, float]]:
+    """Rank and scale of the modules that `rank_pattern` and `alpha_pattern` name, for a client that trains the rest with
+    `rank` and `scale`. Keys match as in PEFT."""
+    settings, alpha = job.adapter, scale / job.adapter.scale(rank, 1.0)
+    found = {}
+    for path in paths:
+        own_rank = settings.rank_pattern.get(get_pattern_key(list(settings.rank_pattern), path), rank)
+        own_alpha = settings.alpha_pattern.get(get_pattern_key(list(settings.alpha_pattern), path), alpha)
+        if (own_rank, own_alpha) != (rank, alpha):
+            found[path] = (own_rank, settings.scale(own_rank, own_alpha))
+    return found
+
+
 def _fresh_pair(job: Job, path: str, layer: LoraLayer) -> Factors:
-    k, d, rank = cast(int, layer.in_features), cast(int, layer.out_features), job.adapter.rank
-    largest = max([rank, *job.clients.ranks.values()])
+    k, d = cast(int, layer.in_features), cast(int, layer.out_features)
+    usual = job.adapter.rank_for(), job.adapter.scale(job.adapter.rank_for(), job.adapter.alpha_for())
+    own = pinned(job, [path], *usual).get(path)
+    rank, scale = own or usual
+    named = [*job.clients.ranks, *job.clients.budgets]
+    largest = rank if own else max([rank, *map(job.rank_of, named)])
     if largest > min(d, k):
         raise ModelError(
             f"rank {largest} is larger than '{path}' ({d} x {k}); wanted at most {min(d, k)}: --set adapter.rank={min(d, k)}"
         )
-    return Factors(lora_a(job.seed, path, rank, k), torch.zeros(d, rank), job.adapter.scale(rank, job.adapter.alpha))
+    return Factors(lora_a(job.seed, path, rank, k), torch.zeros(d, rank), scale)
 
 
 def _fresh_dense(job: Job, name: str, parameter: nn.Parameter, stored: dict[str, Tensor]) -> Tensor:

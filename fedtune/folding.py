@@ -25,8 +25,12 @@ class FoldedAnswers(Answers):
     def mean(self, roles: Collection[Role] | None = None) -> Payload:
         return weighted_mean(self._read(), roles)
 
+    @property
+    def visible(self) -> bool:
+        return self._fold is not Fold.SUM
+
     def __iter__(self) -> Iterator[tuple[str, float, Answer]]:
-        if self._fold is not Fold.EACH:
+        if not self.visible:
             raise TypeError("this ask declared Fold.SUM: use mean(), or yield Ask(..., fold=Fold.EACH) to see each answer")
         return self._read()
 

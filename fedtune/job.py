@@ -249,7 +249,7 @@ def checked_job(given: Mapping[str, Any], where: str) -> Job:
         job = Job.model_validate(given)
     except ValidationError as error:
         raise JobError(f"{where}: {_first_problem(error, given)}") from error
-    job.make_strategy()
+    job.make_strategy().check_job(job)
     return job
 
 

@@ -29,6 +29,24 @@ def stack(pairs: Sequence[Factors], weights: Sequence[float]) -> Factors:
     return Factors(A, B, 1.0)
 
 
+class Stack:
+    """`sum_i w_i s_i B_i A_i` of one module, taken up one pair at a time; never of many more directions than the matrix has."""
+
+    def __init__(self, *pairs: Factors) -> None:
+        self._pairs, self._weights = list(pairs), [1.0] * len(pairs)
+
+    def add(self, pair: Factors, weight: float = 1.0) -> None:
+        self._pairs.append(pair)
+        self._weights.append(weight)
+        if sum(one.rank for one in self._pairs) > 2 * min(pair.shape):
+            self._pairs, self._weights = [compact(stack(self._pairs, self._weights))], [1.0]
+
+    def pair(self) -> Factors:
+        """In float64, with scale 1."""
+        whole = stack(self._pairs, self._weights)
+        return whole if whole.rank <= min(whole.shape) else compact(whole)
+
+
 def product_norm(pair: Factors) -> float:
     """Frobenius norm of s B A, from `tr((B^T B)(A A^T))`: O((d + k) r^2)."""
     A, B = pair.A.double(), pair.B.double()
@@ -50,21 +68,36 @@ def largest_entries(rows: Tensor) -> Tensor:
     return rows.gather(1, rows.abs().argmax(dim=1, keepdim=True)).squeeze(1)
 
 
-def refactor(pair: Factors, rank: int, row_norm: float | None = None) -> tuple[Factors, float]:
+def refactor(pair: Factors, rank: int, row_norm: float | None = None, energy: float = 1.0) -> tuple[Factors, float]:
     """The best pair of at most `rank` for the same product, most important direction first, and the share of the
-    squared norm that was discarded. Directions that float32 cannot tell from zero are left out, save the first.
+    squared norm that was discarded. Of `rank` only as many directions are taken as hold the share `energy` of the squared
+    norm; those that float32 cannot tell from zero are left out, save the first.
 
     The singular values are split evenly (`B = U sqrt(S)`, `A = sqrt(S) V^T`), or, with `row_norm`, all stand in B and
     each row of A has that norm. The scale of the result is 1.
     """
     U, S, Vt = svd(pair)
-    kept = min(rank, len(S), max(1, int((S[:1] * FLOAT32_NOISE < S).sum())))
-    energy, S = S.square(), S[:kept]
-    total = energy.sum().item()
-    discarded = energy[kept:].sum().item() / total if total > 0 else 0.0
+    squared = S.square()
+    total = squared.sum().item()
+    above_noise = int((S[:1] * FLOAT32_NOISE < S).sum())
+    enough = len(S) if energy >= 1 else 1 + int((squared.cumsum(0) < energy * total).sum())
+    kept = min(rank, len(S), max(1, above_noise), enough)
+    discarded = squared[kept:].sum().item() / total if total > 0 else 0.0
+    S = S[:kept]
     on_a = S.sqrt() if row_norm is None else torch.full_like(S, row_norm)
     on_b = S.sqrt() if row_norm is None else S / row_norm
     return Factors((on_a[:, None] * Vt[:kept]).float(), (U[:, :kept] * on_b).float(), 1.0), discarded
+
+
+def of_matrix(matrix: Tensor) -> Factors:
+    """A whole (d, k) matrix as a pair: itself beside the identity of its smaller side."""
+    d, k = matrix.shape
+    return Factors(matrix, torch.eye(d), 1.0) if d < k else Factors(torch.eye(k), matrix, 1.0)
+
+
+def joined(one: Factors, other: Factors) -> Factors:
+    """The sum of two products as one pair, with the directions of `one` first; both need the same scale."""
+    return Factors(torch.cat([one.A, other.A]), torch.cat([one.B, other.B], dim=1), one.scale)
 
 
 def compact(pair: Factors) -> Factors:
@@ -86,6 +119,11 @@ def rest(pair: Factors, rank: int) -> Factors:
 def with_scale(pair: Factors, scale: float) -> Factors:
     """The same product with another scale; B carries the difference."""
     return Factors(pair.A, pair.B * (pair.scale / scale), scale)
+
+
+def with_core(pair: Factors, core: Tensor | None) -> Factors:
+    """`s B R A` as a pair: R (r, r) goes into B."""
+    return pair if core is None else Factors(pair.A, pair.B @ core, pair.scale)
 
 
 def padded(pair: Factors, rank: int) -> Factors:

@@ -16,6 +16,7 @@ class Role(StrEnum):
 
     A = "lora_A"  # (r, k)
     B = "lora_B"  # (d, r)
+    CORE = "lora_R"  # (r, r), between B and A
     DENSE = "dense"  # a whole parameter
     VECTOR = "vector"  # scalars in a row: seeds' coefficients, norms per layer
 

@@ -32,6 +32,18 @@ def known() -> dict[str, str]:
     return dict(sorted({**installed, **BUILT_IN}.items()))
 
 
+def able(capability: str) -> list[str]:
+    """The known strategies whose class says so: `mixed_ranks`, `secure_sum`, `personal`, `exact`."""
+    return [name for name in known() if getattr(_class_or_none(name), capability, False)]
+
+
+def _class_or_none(name: str) -> type[Strategy] | None:
+    try:
+        return strategy_class(name)
+    except StrategyError:  # a broken plug-in is no reason to fail here
+        return None
+
+
 def strategy_class(name: str) -> type[Strategy]:
     """Raises StrategyError, with what would have been right."""
     reference = known().get(name, name)

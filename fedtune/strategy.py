@@ -11,10 +11,10 @@ A method is a conversation. The server half (`round`) is a generator without I/O
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -23,11 +23,17 @@ from fedtune.errors import StrategyError
 from fedtune.memory import Memory
 from fedtune.payload import Payload, Role, adapter_of, payload_of
 
+if TYPE_CHECKING:
+    from fedtune.job import Job
+
+Penalty = Callable[[Adapter], Tensor]  # of the adapter in training to a scalar that is added to the loss of each step
+
 
 class Fold(StrEnum):
     """What a strategy needs of the answers."""
 
     SUM = "sum"  # only their weighted sum: secure aggregation may stand in between
+    SEEN = "seen"  # only their weighted sum; where each can be seen, the error of the aggregation is measured
     EACH = "each"  # every single one: stacking, median
 
 
@@ -39,6 +45,13 @@ class ClientInfo:
     examples: int
     rank: int
     scale: float = 1.0  # alpha/r or alpha/sqrt(r), as this client trains
+    pinned: Mapping[str, tuple[int, float]] = field(default_factory=dict)  # modules of another rank and scale, by path
+
+    def rank_of(self, path: str) -> int:
+        return self.pinned.get(path, (self.rank, self.scale))[0]
+
+    def scale_of(self, path: str) -> float:
+        return self.pinned.get(path, (self.rank, self.scale))[1]
 
 
 @dataclass(frozen=True)
@@ -80,9 +93,14 @@ class Answers(ABC):
         """`sum_i p_i payload_i` of the tensors with these roles (all, where None), folded in float64 one answer at a
         time, as float32; and the same of the scalars."""
 
+    @property
+    @abstractmethod
+    def visible(self) -> bool:
+        """Whether each answer can be read: always for `Fold.EACH`, never for `Fold.SUM`."""
+
     @abstractmethod
     def __iter__(self) -> Iterator[tuple[str, float, Answer]]:
-        """(client id, share, answer), read one at a time; only for an Ask with `Fold.EACH`."""
+        """(client id, share, answer), read one at a time; only where `visible`."""
 
 
 @dataclass(frozen=True)
@@ -105,29 +123,70 @@ class LocalModel(Protocol):
     rank: int  # of the adapter that this client trains
     scale: float  # alpha/r or alpha/sqrt(r) of that adapter
 
-    def load(self, adapter: Adapter, merged: Adapter | None = None, frozen: Sequence[str] = ()) -> None:
-        """Put `adapter` (of this client's rank) into the trainable slot and `merged` (of any rank) into the base.
-        `frozen` names parts that do not train: "A", "B" or "dense"."""
+    def rank_of(self, path: str) -> int:
+        """The rank of one module: `rank`, save where the job pins another."""
+
+    def scale_of(self, path: str) -> float:
+        """The scale of one module: `scale`, save where the job pins another rank or alpha."""
+
+    def load(
+        self,
+        adapter: Adapter,
+        merged: Adapter | None = None,
+        frozen: Sequence[str] = (),
+        cores: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Put `adapter` (of this client's rank, or less) into the trainable slot and `merged` (of any rank) into the base.
+
+        `frozen` names parts that do not train: "A", "B" or "dense". A module with a core R (r, r) computes `s B R A`, and R
+        trains.
+        """
 
     def adapter(self) -> Adapter:
         """A copy of what is in the trainable slot now."""
 
-    def fit(self) -> Mapping[str, float]:
-        """Train as the job says, from a fresh optimiser; returns `loss`, `steps` and `examples` seen."""
+    def cores(self) -> Mapping[str, Tensor]:
+        """A copy of the cores, (r, r) each, as they are now."""
+
+    def fit(self, penalty: Penalty | None = None) -> Mapping[str, float]:
+        """Train as the job says, from a fresh optimiser; `penalty` is added to the loss of every step.
+
+        Returns `loss` (without the penalty), `steps`, `examples` seen, and `lr_sum`, the learning rates of all steps added.
+        """
+
+    def gradient(self, batches: int = 1) -> Adapter:
+        """The gradient of the mean loss over so many batches, by each factor and whole parameter that is not frozen. Changes
+        nothing; the same batches in every call of a round."""
 
     def evaluate(self) -> Mapping[str, float]:
         """`loss` (nats per token) and what else the task knows, on this client's held-out examples; empty without any."""
 
 
 class Strategy(ABC):
-    """Both halves of one method. Subclasses are frozen dataclasses; their fields are the method's settings."""
+    """Both halves of one method. Subclasses are frozen dataclasses; their fields are the method's settings.
+
+    The formulas `up` and `down` count the numbers that cross per client and round, summed over the modules: d and k are a
+    module's, r is the client's rank, h is the size of all whole parameters (once). Other names are the strategy's settings.
+    """
 
     name: ClassVar[str]
+    paper: ClassVar[str] = ""  # who, when and where
+    up: ClassVar[str] = ""  # such as "r*(d + k) + h"
+    down: ClassVar[str] = ""  # of the ask to train
+    exact: ClassVar[bool] = False  # what is published is the exact weighted mean, whatever the clients do
+    mixed_ranks: ClassVar[bool] = False  # clients may train different ranks
+    secure_sum: ClassVar[bool] = False  # only sums are asked for: works where no single answer can be seen
+    personal: ClassVar[bool] = False  # each client ends with a model of its own
 
     # server half: no I/O
 
+    def check_job(self, job: Job) -> None:
+        """Raise StrategyError, before anything is loaded, if the method cannot work with this job."""
+
     def check(self, clients: Sequence[ClientInfo]) -> None:
         """Raise StrategyError, before the first round, if the method cannot work with these clients."""
+        if not self.mixed_ranks:
+            require_one_rank(self, clients)
 
     def start(self, adapter: Adapter) -> ServerState:
         """The state before the first round, from the adapter that the job describes (B = 0)."""
@@ -156,21 +215,27 @@ class Strategy(ABC):
         """On the client: the adapter that `broadcast` sent."""
         return adapter_of(payload)
 
-    def evaluate(self, ask: Ask, local: LocalModel, memory: Memory) -> Answer:
-        """Answer `Ask("evaluate", broadcast(state))`: the published adapter on this client's held-out examples."""
-        adapter = self.received(ask.payload)
-        if all(rank == local.rank for rank in adapter.ranks.values()):
+    def use(self, payload: Payload, local: LocalModel, memory: Memory) -> None:
+        """On the client: load what it works with after `broadcast(state)`, the published adapter or one of its own."""
+        adapter = self.received(payload)
+        if all(rank <= local.rank_of(path) for path, rank in adapter.ranks.items()):
             local.load(adapter)
         else:
             local.load(Adapter(dense=adapter.dense), merged=Adapter(adapter.lora))
+
+    def evaluate(self, ask: Ask, local: LocalModel, memory: Memory) -> Answer:
+        """Answer `Ask("evaluate", broadcast(state))`, on this client's held-out examples."""
+        self.use(ask.payload, local, memory)
         return Answer(metrics=local.evaluate())
 
 
-def require_one_rank(strategy: Strategy, clients: Sequence[ClientInfo], instead: str = "flora") -> None:
+def require_one_rank(strategy: Strategy, clients: Sequence[ClientInfo]) -> None:
     """For methods that average factors: all clients must train the same rank."""
+    from fedtune.registry import able
+
     ranks = {client.id: client.rank for client in clients}
     if len(set(ranks.values())) > 1:
         raise StrategyError(
-            f"strategy '{strategy.name}' averages factors and needs one rank for all clients, given {ranks}; "
-            f"set the same rank for all, or type --set strategy.name={instead}"
+            f"strategy '{strategy.name}' needs one rank for all clients, given {ranks}; set the same rank for all, "
+            f"or a strategy that takes mixed ranks ({', '.join(able('mixed_ranks'))}): --set strategy.name=flora"
         )

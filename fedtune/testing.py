@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,63 +19,13 @@ from fedtune.errors import FedtuneError
 from fedtune.folding import FoldedAnswers
 from fedtune.memory import Memory
 from fedtune.payload import Payload, Role, adapter_of, payload_of
+from fedtune.quadratic import QuadraticModel, product
 from fedtune.seeds import lora_a, uniform
 from fedtune.strategy import Ask, ClientInfo, Fold, LocalModel, ServerState, Strategy
 from fedtune.wire import pack_answer, pack_ask, unpack_answer, unpack_ask
 
 SHAPES = {"square": (4, 4), "tall": (6, 3)}  # (d, k) of the modules in `fleet`
 TOLERANCE = 1e-5  # relative: factors travel in float32
-
-
-@dataclass
-class QuadraticModel:
-    """A LocalModel over a base of zeros. Its loss is `1/2 |W - target|^2`, summed over modules and whole parameters, where
-    W is `s B A` plus what is merged, or the parameter; `fit` takes plain gradient steps."""
-
-    targets: Mapping[str, Tensor]  # (d, k) of a module, or the shape of a whole parameter
-    examples: int = 1
-    rank: int = 2
-    scale: float = 1.5
-    lr: float = 0.125
-    steps: int = 2
-
-    def load(self, adapter: Adapter, merged: Adapter | None = None, frozen: Sequence[str] = ()) -> None:
-        odd = {path: rank for path, rank in adapter.ranks.items() if rank != self.rank}
-        assert not odd, f"load() was given an adapter of ranks {odd}, this client trains rank {self.rank}"
-        self._slot, self._merged, self._frozen = adapter, merged or Adapter(), frozen
-
-    def adapter(self) -> Adapter:
-        return replace(self._slot)
-
-    def weight(self, name: str) -> Tensor:
-        """The module's weight (d, k), or the whole parameter, as this client has it now; float64."""
-        if name in self._slot.dense:
-            return self._slot.dense[name].double()
-        pairs = [adapter.lora[name] for adapter in (self._slot, self._merged) if name in adapter.lora]
-        return torch.stack([product(pair) for pair in pairs]).sum(0)
-
-    def fit(self) -> Mapping[str, float]:
-        for _ in range(self.steps):
-            lora = {path: self._stepped(path, pair) for path, pair in self._slot.lora.items()}
-            lr = 0.0 if "dense" in self._frozen else self.lr
-            dense = {name: (t - lr * (self.weight(name) - self.targets[name])).float() for name, t in self._slot.dense.items()}
-            self._slot = replace(self._slot, lora=lora, dense=dense)
-        return {**self.evaluate(), "steps": float(self.steps), "examples": float(self.examples)}
-
-    def evaluate(self) -> Mapping[str, float]:
-        return {"loss": sum(0.5 * (self.weight(n) - target).square().sum().item() for n, target in self.targets.items())}
-
-    def _stepped(self, path: str, pair: Factors) -> Factors:
-        error = self.weight(path) - self.targets[path]  # (d, k), the gradient by W
-        on_a, on_b = pair.scale * pair.B.double().T @ error, pair.scale * error @ pair.A.double().T
-        A = pair.A if "A" in self._frozen else (pair.A - self.lr * on_a).float()
-        B = pair.B if "B" in self._frozen else (pair.B - self.lr * on_b).float()
-        return Factors(A, B, pair.scale)
-
-
-def product(pair: Factors) -> Tensor:
-    """`s B A`, (d, k), in float64."""
-    return pair.scale * pair.B.double() @ pair.A.double()
 
 
 def changes(adapter: Adapter) -> dict[str, Tensor]:
@@ -121,7 +71,7 @@ def play_round(
 def _play(
     strategy: Strategy, state: ServerState, clients: Mapping[str, LocalModel], memories: MutableMapping[str, Memory]
 ) -> tuple[ServerState, list[Ask]]:
-    cohort = [ClientInfo(id, clients[id].examples, clients[id].rank, clients[id].scale) for id in sorted(clients)]
+    cohort = [_introduced(id, clients[id]) for id in sorted(clients)]
     strategy.check(cohort)
     conversation, asks = strategy.round(state, cohort), []
     try:
@@ -130,6 +80,10 @@ def _play(
             asks.append(conversation.send(_answers(strategy, asks[-1], clients, memories)))
     except StopIteration as end:
         return end.value, asks
+
+
+def _introduced(id: str, local: LocalModel) -> ClientInfo:
+    return ClientInfo(id, local.examples, local.rank, local.scale, getattr(local, "pinned", {}))
 
 
 def _answers(
@@ -151,17 +105,21 @@ def _sent(envelope: Envelope) -> Envelope:
 # the rules
 
 
-def check_strategy(strategy: Strategy, ranks: Sequence[int] = (2, 2, 2)) -> None:
-    """Every rule below, with clients of these ranks. Raises AssertionError that says which rule was broken and how.
+def check_strategy(strategy: Strategy, ranks: Sequence[int] | None = None) -> None:
+    """Every rule below, with clients of these ranks; by default three of rank 2 and, where it takes mixed ranks, of 1, 3 and 2.
 
-    A method that breaks a rule on purpose (a server learning rate below 1 is not local training) calls the others.
+    Raises AssertionError that says which rule was broken and how. A method that breaks a rule on purpose (a server learning
+    rate below 1 is not local training) calls the others.
     """
-    check_settings(strategy)
-    check_empty_round(strategy)
-    check_one_client(strategy, ranks[0])
-    check_zero_update(strategy, ranks)
-    check_fold_order(strategy, ranks)
-    check_state(strategy, ranks)
+    mixed = [(1, 3, 2)] if strategy.mixed_ranks else []
+    for fleet_ranks in [(2, 2, 2), *mixed] if ranks is None else [ranks]:
+        check_settings(strategy)
+        check_empty_round(strategy)
+        check_one_client(strategy, fleet_ranks[0])
+        check_use(strategy, fleet_ranks)
+        check_zero_update(strategy, fleet_ranks)
+        check_fold_order(strategy, fleet_ranks)
+        check_state(strategy, fleet_ranks)
 
 
 def check_settings(strategy: Strategy) -> None:
@@ -184,11 +142,27 @@ def check_empty_round(strategy: Strategy) -> None:
 
 
 def check_one_client(strategy: Strategy, rank: int = 2) -> None:
-    """With a single client, what is published is what that client has after its training."""
-    clients = fleet([rank])
-    published = strategy.published(play_round(strategy, strategy.start(first_adapter(rank)), clients))
-    [local] = clients.values()
-    _require_same(changes(published), {name: local.weight(name) for name in local.targets}, "one client")
+    """With a single client, what it uses after the round is what it has after its training, and so is what is published,
+    save where each client has a model of its own."""
+    clients, memories = fleet([rank]), dict[str, Memory]()
+    state = play_round(strategy, strategy.start(first_adapter(rank)), clients, memories)
+    [(id, local)] = clients.items()
+    trained = {name: local.weight(name) for name in local.targets}
+    if not strategy.personal:
+        _require_same(changes(strategy.published(state)), trained, "one client")
+    strategy.use(_carried(strategy.broadcast(state)), local, memories[id])
+    _require_same({name: local.weight(name) for name in trained}, trained, "one client, what it uses")
+
+
+def check_use(strategy: Strategy, ranks: Sequence[int] = (2, 2, 2)) -> None:
+    """Unless each client has a model of its own, all use what is published, whatever their rank."""
+    clients, memories = fleet(ranks), dict[str, Memory]()
+    state = play_round(strategy, strategy.start(first_adapter(ranks[0])), clients, memories)
+    for id, local in clients.items():
+        strategy.use(_carried(strategy.broadcast(state)), local, memories[id])
+        used = {name: local.weight(name) for name in local.targets}
+        if not strategy.personal:
+            _require_same(used, changes(strategy.published(state)), f"what {id} uses")
 
 
 def check_zero_update(strategy: Strategy, ranks: Sequence[int] = (2, 2, 2)) -> None:
@@ -204,7 +178,7 @@ def check_fold_order(strategy: Strategy, ranks: Sequence[int] = (2, 2, 2)) -> No
     """Where only sums are asked for, it does not matter who comes first."""
     state, clients = strategy.start(first_adapter(ranks[0])), fleet(ranks)
     ended, asks = _play(strategy, state, clients, {})
-    if any(ask.fold is not Fold.SUM for ask in asks):
+    if any(ask.fold is Fold.EACH for ask in asks):
         return
     renamed = dict(zip(clients, reversed(fleet(ranks).values()), strict=True))
     turned = play_round(strategy, state, renamed)

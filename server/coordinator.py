@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from flwr.serverapp import Grid
 
 from fedtune import __version__
 from fedtune.base import blueprint
+from fedtune.errors import StrategyError
 from fedtune.job import Job
 from fedtune.seeds import seed_of
-from fedtune.strategy import ClientInfo, ServerState
+from fedtune.strategy import ClientInfo, ServerState, Strategy
 from server.meeting import meet
 from server.records import RoundRecord, Watcher
 from server.round import Federation, Round
@@ -39,8 +41,9 @@ def run_job(job: Job, grid: Grid, folder: Path, watcher: Watcher) -> RunResult:
     """
     require_free(folder)
     strategy, plan = job.make_strategy(), blueprint(job)
-    clients, nodes = meet(grid, job, plan.adapter.base)
+    clients, nodes = meet(grid, job, plan)
     strategy.check(list(clients.values()))
+    _require_the_jobs_rank(job, strategy, clients)
     state = strategy.start(plan.adapter)
     federation = Federation(job, strategy, plan, grid, clients, nodes, watcher)
     run = RunFolder.create(folder, job)
@@ -50,6 +53,15 @@ def run_job(job: Job, grid: Grid, folder: Path, watcher: Watcher) -> RunResult:
         state, record = play(federation, run, state, number)
         records.append(record)
     return RunResult(folder, state, tuple(records))
+
+
+def _require_the_jobs_rank(job: Job, strategy: Strategy, clients: Mapping[str, ClientInfo]) -> None:
+    """Where all train one rank, the adapter that the server starts from must have it."""
+    ranks, wanted = {client.rank for client in clients.values()}, job.adapter.rank_for()
+    if not strategy.mixed_ranks and ranks != {wanted}:
+        raise StrategyError(
+            f"all clients train rank {ranks.pop()}, and adapter.rank is {wanted}: type --set adapter.rank=RANK with theirs"
+        )
 
 
 def before_training(federation: Federation, run: RunFolder, state: ServerState) -> RoundRecord:

@@ -21,7 +21,9 @@ from fedtune.wire import unpack_answer
 Schema = tuple[tuple[str, tuple[int, ...]], ...]  # (name, shape) of each tensor and scalar, by name
 
 
-def admit(envelope: Envelope, ask_id: str, client: ClientInfo, like: Adapter, max_weight: float) -> Answer:
+def admit(
+    envelope: Envelope, ask_id: str, client: ClientInfo, like: Adapter, max_weight: float, fold: Fold = Fold.SUM
+) -> Answer:
     """The answer, if it may enter. Raises Refused, or ClientFailed with the client's own reason."""
     header = envelope.header
     if header.get("ask") != ask_id:
@@ -35,7 +37,7 @@ def admit(envelope: Envelope, ask_id: str, client: ClientInfo, like: Adapter, ma
     if not (math.isfinite(answer.weight) and 0 < answer.weight <= max_weight):
         raise Refused(f"its weight is {answer.weight:g}, wanted more than 0 and at most {max_weight:g}")
     _require_finite(answer)
-    _require_shapes(answer, client, like)
+    _require_shapes(answer, client, like, fold)
     return answer
 
 
@@ -57,7 +59,7 @@ def misfits(schemas: Mapping[str, Schema]) -> dict[str, str]:
 
 def schema_of(answer: Answer, fold: Fold = Fold.SUM) -> Schema:
     """What must be the same in all answers: for a sum names and shapes, else names only, since ranks may differ."""
-    summed = fold is Fold.SUM
+    summed = fold is not Fold.EACH
     shapes = {name: tuple(tensor.shape) if summed else () for name, tensor in answer.payload.tensors.items()}
     return tuple(sorted({**dict.fromkeys(answer.payload.scalars, ()), **shapes}.items()))
 
@@ -71,14 +73,15 @@ def _require_finite(answer: Answer) -> None:
             raise Refused(f"'{name}' is {value}, wanted a finite number")
 
 
-def _require_shapes(answer: Answer, client: ClientInfo, like: Adapter) -> None:
-    """Factors and whole parameters must fit the modules that the job adapts, at the rank that the client declared."""
+def _require_shapes(answer: Answer, client: ClientInfo, like: Adapter, fold: Fold) -> None:
+    """Factors and whole parameters must fit the modules that the job adapts, at the rank that the client declared; where
+    each answer is read by itself, a client may have less."""
     wanted: dict[str, tuple[Role, tuple[int, ...]]] = {
         name: (Role.DENSE, tuple(tensor.shape)) for name, tensor in like.dense.items()
     }
-    for path, pair in like.lora.items():
-        d, k = pair.shape
-        wanted |= {f"{path}.{Role.A}": (Role.A, (client.rank, k)), f"{path}.{Role.B}": (Role.B, (d, client.rank))}
+    for path in like.lora:
+        rank = _rank_sent(answer, path) if fold is Fold.EACH else None
+        wanted |= factor_shapes(like, path, min(rank or client.rank_of(path), client.rank_of(path)))
     for name, tensor in answer.payload.tensors.items():
         role, shape = answer.payload.roles[name], tuple(tensor.shape)
         if role is not Role.VECTOR and name not in wanted:
@@ -91,3 +94,15 @@ def _require_shapes(answer: Answer, client: ClientInfo, like: Adapter) -> None:
     for name in answer.payload.scalars:
         if name.endswith(".scale") and name.removesuffix(".scale") not in like.lora:
             raise Refused(f"'{name}' is no part of the adapter that the job describes")
+
+
+def factor_shapes(like: Adapter, path: str, rank: int) -> dict[str, tuple[Role, tuple[int, ...]]]:
+    """Name, role and shape of all that a module of this rank can send."""
+    d, k = like.lora[path].shape
+    shapes = {Role.A: (rank, k), Role.B: (d, rank), Role.CORE: (rank, rank)}
+    return {f"{path}.{role}": (role, shape) for role, shape in shapes.items()}
+
+
+def _rank_sent(answer: Answer, path: str) -> int | None:
+    A = answer.payload.tensors.get(f"{path}.{Role.A}")
+    return A.shape[0] if A is not None and A.ndim == 2 and A.shape[0] else None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from flwr.serverapp import Grid
 
+from fedtune.base import Blueprint, pinned
 from fedtune.errors import ClientFailed, RoundFailed
 from fedtune.job import Job
 from fedtune.strategy import Ask, ClientInfo
@@ -13,7 +15,7 @@ from fedtune.wire import pack_ask
 from server.exchange import Reply, exchange
 
 
-def meet(grid: Grid, job: Job, base: str) -> tuple[dict[str, ClientInfo], dict[str, int]]:
+def meet(grid: Grid, job: Job, plan: Blueprint) -> tuple[dict[str, ClientInfo], dict[str, int]]:
     """Say hello to every node: what each client says of itself, and its node, by client id.
 
     Those that cannot take part, or have another base model, are left out. Raises RoundFailed when too few remain.
@@ -24,13 +26,14 @@ def meet(grid: Grid, job: Job, base: str) -> tuple[dict[str, ClientInfo], dict[s
     left_out = []
     for reply in exchange(grid, dict.fromkeys(grid.get_node_ids(), hello), job.rounds.timeout):
         try:
-            info = _introduced(reply, base)
+            info = _introduced(reply, plan.adapter.base)
             if info.id in clients:
                 raise ClientFailed(f"node {reply.node}: a client named '{info.id}' is already here, names must differ")
         except ClientFailed as reason:
             left_out.append(str(reason))
         else:
             clients[info.id], nodes[info.id] = info, reply.node
+    clients = {id: replace(info, pinned=pinned(job, plan.adapter.lora, info.rank, info.scale)) for id, info in clients.items()}
     wanted = job.clients.count or 1
     if len(clients) < wanted:
         reasons = f": {'; '.join(left_out)}" if left_out else ""

@@ -101,7 +101,8 @@ class Round:
         federation = self._federation
         for client, envelope in self._replies(clients, ask, ask_id):
             try:
-                yield client, admit(envelope, ask_id, federation.clients[client], federation.plan.adapter, self._most), envelope
+                info, like = federation.clients[client], federation.plan.adapter
+                yield client, admit(envelope, ask_id, info, like, self._most, ask.fold), envelope
             except Refused as reason:
                 self.tally.failed(client, f"refused: {reason}")
             except ClientFailed as reason:

@@ -3,7 +3,9 @@
     server: A = sum_i p_i A_i,  B = sum_i p_i B_i,  p_i = n_i / sum_j n_j over those who answered
 
 The baseline: `s B A` is not the mean of the clients' products `s B_i A_i`. Dense tensors are averaged exactly. Every
-client trains with the server's scale, so that factors of different alpha are never mixed.
+client trains with the server's scale, so that factors of different alpha are never mixed. How far the product of the
+means is from the mean of the products is the metric `aggregation_error`: with equal scales the covariance of the factors,
+`|sum_i p_i s (B_i - B)(A_i - A)| / |sum_i p_i s B_i A_i|`.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from fedtune.aggregation import aggregation_error, exact_mean
 from fedtune.memory import Memory
 from fedtune.payload import adapter_of, payload_of
-from fedtune.strategy import Answer, Answers, Ask, ClientInfo, LocalModel, ServerState, Strategy, require_one_rank
+from fedtune.strategy import Answer, Answers, Ask, ClientInfo, Fold, LocalModel, ServerState, Strategy
 
 
 @dataclass(frozen=True)
@@ -22,13 +25,16 @@ class FedAvg(Strategy):
     """FedIT: weighted mean of A and of B. Needs one rank for all clients."""
 
     name: ClassVar[str] = "fedavg"
-
-    def check(self, clients: Sequence[ClientInfo]) -> None:
-        require_one_rank(self, clients)
+    paper: ClassVar[str] = "Zhang et al. 2024, arXiv 2305.05644"
+    up: ClassVar[str] = "r*(d + k) + h"
+    down: ClassVar[str] = "r*(d + k) + h"
+    secure_sum: ClassVar[bool] = True
 
     def round(self, state: ServerState, cohort: Sequence[ClientInfo]) -> Generator[Ask, Answers, ServerState]:
-        answers = yield Ask("train", self.broadcast(state))
-        return replace(state, adapter=adapter_of(answers.mean(), like=state.adapter))
+        answers = yield Ask("train", self.broadcast(state), Fold.SEEN)
+        adapter = adapter_of(answers.mean(), like=state.adapter)
+        metrics = aggregation_error(exact_mean(answers), adapter.lora) if answers.visible else {}
+        return replace(state, adapter=adapter, metrics=metrics)
 
     def answer(self, ask: Ask, local: LocalModel, memory: Memory) -> Answer:
         local.load(self.received(ask.payload))

@@ -18,7 +18,7 @@ from fedtune.adapter import Adapter, Factors
 from fedtune.memory import Memory
 from fedtune.payload import Payload, Role, adapter_of, payload_of
 from fedtune.seeds import lora_a
-from fedtune.strategy import Answer, Answers, Ask, ClientInfo, LocalModel, ServerState, Strategy, require_one_rank
+from fedtune.strategy import Answer, Answers, Ask, ClientInfo, LocalModel, ServerState, Strategy
 
 SENT = (Role.B, Role.DENSE)
 
@@ -28,10 +28,12 @@ class FfaLora(Strategy):
     """FFA-LoRA: A frozen from a shared seed, B averaged (exact). Needs one rank for all clients."""
 
     name: ClassVar[str] = "ffa_lora"
+    paper: ClassVar[str] = "Sun et al., ICLR 2024, arXiv 2403.12313"
+    up: ClassVar[str] = "r*d + h"
+    down: ClassVar[str] = "r*d + h"
+    exact: ClassVar[bool] = True
+    secure_sum: ClassVar[bool] = True
     seed: int = 0  # of A_0
-
-    def check(self, clients: Sequence[ClientInfo]) -> None:
-        require_one_rank(self, clients)
 
     def start(self, adapter: Adapter) -> ServerState:
         lora = {path: replace(pair, A=self.frozen_a(path, pair.B, pair.shape[1])) for path, pair in adapter.lora.items()}

@@ -7,8 +7,9 @@ M is the server's cumulative adapter, kept as its SVD, T_i the part of it that c
 default, T_i is the leading r_i directions of M, so a client goes on where all clients stopped; the rest of M lies in its
 base (or in a correction adapter beside a quantised one). Both are exact: base + rest + T_i is base + M for every client.
 
-M has at most `max_rank` directions; the share of its squared norm that a round discards is the metric
-`discarded_energy`. Dense tensors (heads) are averaged.
+M has at most `max_rank` directions, and of these as many as hold the share `energy` of its squared norm (FLoRIST,
+arXiv 2506.09199). What a round discards so is its `aggregation_error`. The directions that no client trains on from
+travel as a whole matrix where that is smaller than its factors. Dense tensors (heads) are averaged.
 """
 
 from __future__ import annotations
@@ -21,70 +22,99 @@ import torch
 
 from fedtune import lora
 from fedtune.adapter import Adapter, Factors
+from fedtune.aggregation import aggregation_error
 from fedtune.errors import StrategyError
 from fedtune.memory import Memory
-from fedtune.payload import Role, adapter_of, payload_of
+from fedtune.payload import Payload, Role, adapter_of, payload_of
 from fedtune.seeds import lora_a
 from fedtune.strategy import Answer, Answers, Ask, ClientInfo, Fold, LocalModel, ServerState, Strategy
 
 ROW_NORM = 3**-0.5  # of A's rows as PEFT draws them: k entries of variance 1/(3k)
+REST = "rest"  # name of the whole matrix (d, k) that travels in place of factors
 
 
 @dataclass(frozen=True)
 class FLoRA(Strategy):
-    """FLoRA: stacked adapters, exact for unequal ranks, with a rank cap on what accumulates."""
+    """FLoRA: stacked adapters, exact for unequal ranks, with a cap on the rank that accumulates."""
 
     name: ClassVar[str] = "flora"
+    paper: ClassVar[str] = "Wang et al., NeurIPS 2024, arXiv 2409.05976"
+    up: ClassVar[str] = "r*(d + k) + h"
+    down: ClassVar[str] = "min(R*(d + k), r*(d + k) + d*k) + h, R = min(max_rank, d, k)"
+    exact: ClassVar[bool] = True
+    mixed_ranks: ClassVar[bool] = True
     max_rank: int = 64  # of the cumulative adapter
+    energy: float = 1.0  # share of its squared norm to keep
     start_from: Literal["warm", "cold"] = "warm"
     seed: int = 0  # of the A that a client starts from where M has too few directions
 
     def __post_init__(self) -> None:
         if self.max_rank < 1:
             raise StrategyError(f"strategy 'flora' needs max_rank of at least 1, given {self.max_rank}")
+        if not 0 < self.energy <= 1:
+            raise StrategyError(f"strategy 'flora' needs energy above 0 and at most 1, given {self.energy}")
 
     def start(self, adapter: Adapter) -> ServerState:
         return ServerState(replace(adapter, lora={path: lora.first(pair, 0) for path, pair in adapter.lora.items()}))
 
     def round(self, state: ServerState, cohort: Sequence[ClientInfo]) -> Generator[Ask, Answers, ServerState]:
-        answers = yield Ask("train", self.broadcast(state), Fold.EACH)
-        ranks = {client.id: client.rank for client in cohort}
-        stacks = {path: self._not_retrained(pair, ranks, answers.weights) for path, pair in state.adapter.lora.items()}
+        clients = {client.id: client for client in cohort}
+        answers = yield Ask("train", self._sent(state.adapter, cohort), Fold.EACH)
+        stacks = {p: lora.Stack(self._not_retrained(p, m, clients, answers.weights)) for p, m in state.adapter.lora.items()}
         for _, share, answer in answers:
             for path, pair in adapter_of(answer.payload).lora.items():
-                stacks[path] = _joined(stacks[path], pair, share)
-        capped = {path: lora.refactor(stack, self.max_rank, ROW_NORM) for path, stack in stacks.items()}
-        adapter = Adapter(
-            lora={path: pair for path, (pair, _) in capped.items()},
-            dense={**state.adapter.dense, **answers.mean([Role.DENSE]).tensors},
-            base=state.adapter.base,
-        )
-        return replace(state, adapter=adapter, metrics={"discarded_energy": max(lost for _, lost in capped.values())})
+                stacks[path].add(pair, share)
+        exact = {path: stack.pair() for path, stack in stacks.items()}
+        capped = {path: lora.refactor(pair, self.max_rank, ROW_NORM, self.energy) for path, pair in exact.items()}
+        kept = {path: pair for path, (pair, _) in capped.items()}
+        dense = {**state.adapter.dense, **answers.mean([Role.DENSE]).tensors}
+        lost = max(discarded for _, discarded in capped.values())
+        metrics = {"discarded_energy": lost, **aggregation_error(exact, kept)}
+        return replace(state, adapter=Adapter(kept, dense, state.adapter.base), metrics=metrics)
 
     def answer(self, ask: Ask, local: LocalModel, memory: Memory) -> Answer:
-        cumulative = self.received(ask.payload)
-        trained = 0 if self.start_from == "cold" else local.rank
-        own = {path: self._slot(path, lora.first(pair, trained), local) for path, pair in cumulative.lora.items()}
-        others = {path: lora.rest(pair, trained) for path, pair in cumulative.lora.items()}
+        cumulative, warm = self.received(ask.payload), self.start_from == "warm"
+        trained = {path: local.rank_of(path) if warm else 0 for path in cumulative.lora}
+        own = {path: self._slot(path, lora.first(pair, trained[path]), local) for path, pair in cumulative.lora.items()}
+        others = {path: lora.rest(pair, trained[path]) for path, pair in cumulative.lora.items()}
         local.load(Adapter(own, cumulative.dense), merged=Adapter(others))
         metrics = local.fit()
         return Answer(payload_of(local.adapter()), local.examples, metrics)
 
-    def _not_retrained(self, pair: Factors, ranks: Mapping[str, int], shares: Mapping[str, float]) -> Factors:
+    def broadcast(self, state: ServerState) -> Payload:
+        return self._sent(state.adapter, ())
+
+    def received(self, payload: Payload) -> Adapter:
+        adapter = adapter_of(payload)
+        rests = {path: adapter.dense[f"{path}.{REST}"] for path in adapter.lora if f"{path}.{REST}" in adapter.dense}
+        pairs = {path: lora.joined(adapter.lora[path], lora.of_matrix(rest)) for path, rest in rests.items()}
+        dense = {name: tensor for name, tensor in adapter.dense.items() if name.removesuffix(f".{REST}") not in rests}
+        return Adapter({**adapter.lora, **pairs}, dense)
+
+    def _sent(self, adapter: Adapter, cohort: Sequence[ClientInfo]) -> Payload:
+        """M as factors; beyond the directions that somebody trains on from, as a whole matrix where that is smaller."""
+        heads, rests = {}, {}
+        for path, pair in adapter.lora.items():
+            warm = [client.rank_of(path) for client in cohort] if self.start_from == "warm" else []
+            head, (d, k) = max(warm, default=0), pair.shape
+            if (pair.rank - head) * (d + k) > d * k:
+                rest = lora.rest(pair, head)
+                heads[path], rests[f"{path}.{REST}"] = lora.first(pair, head), rest.scale * rest.B @ rest.A
+        return payload_of(Adapter({**adapter.lora, **heads}, {**adapter.dense, **rests}))
+
+    def _not_retrained(
+        self, path: str, pair: Factors, clients: Mapping[str, ClientInfo], shares: Mapping[str, float]
+    ) -> Factors:
         """`M - sum_i p_i T_i`: direction j of M less the shares of the clients that trained on from it."""
         if self.start_from == "cold":
             return pair
+        ranks = {id: clients[id].rank_of(path) for id in shares}
         retrained = [sum(share for id, share in shares.items() if ranks[id] > j) for j in range(pair.rank)]
         return replace(pair, B=pair.B.double() * (1 - torch.tensor(retrained, dtype=torch.float64)))
 
     def _slot(self, path: str, start: Factors, local: LocalModel) -> Factors:
         """A pair of the client's own rank and scale for the product of `start`: fresh rows of A where it has fewer."""
-        fresh = lora_a(self.seed, path, local.rank, start.shape[1])[start.rank :]  # (r_i - q, k)
-        pair = lora.with_scale(start, local.scale)
-        return Factors(torch.cat([pair.A, fresh]), lora.padded(pair, local.rank).B, local.scale)
-
-
-def _joined(stack: Factors, pair: Factors, share: float) -> Factors:
-    """`stack + share * pair`, never of more directions than the matrix has."""
-    joined = lora.stack([stack, pair], [1.0, share])
-    return joined if joined.rank <= min(joined.shape) else lora.compact(joined)
+        rank, scale = local.rank_of(path), local.scale_of(path)
+        fresh = lora_a(self.seed, path, rank, start.shape[1])[start.rank :]  # (r_i - q, k)
+        pair = lora.with_scale(start, scale)
+        return Factors(torch.cat([pair.A, fresh]), lora.padded(pair, rank).B, scale)

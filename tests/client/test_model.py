@@ -158,7 +158,7 @@ def test_a_bf16_base_rounds_a_cumulative_adapter_once(make_job: MakeJob) -> None
 
 def test_the_correction_adapter_is_as_good_as_merging(make_job: MakeJob, draw_adapter: Draw) -> None:
     merging, beside = ResidentModel(make_job()), ResidentModel(make_job())
-    beside.quantized = True
+    beside.beside = True
     pristine = weights(beside)
     for rank, below in ((3, 6), (4, 2), (2, 0)):
         own, cumulative = draw_adapter(shapes(merging), rank, seed=1), draw_adapter(shapes(merging), below, 0.5, seed=2)
@@ -213,7 +213,7 @@ def test_a_classifier_s_correction_lies_beside_its_head(make_job: MakeJob, draw_
     resident.load(Adapter(dense=head), cumulative, ALL)
     merged = logits(resident)
     resident.load(Adapter(dense=head), NOTHING, ALL)
-    resident.quantized = True
+    resident.beside = True
     resident.load(Adapter(dense=head), cumulative, ALL)
     torch.testing.assert_close(logits(resident), merged, rtol=1e-4, atol=1e-5)
     assert list(resident.adapter().dense) == ["score.weight"]
@@ -223,7 +223,7 @@ def test_a_classifier_s_correction_lies_beside_its_head(make_job: MakeJob, draw_
 def test_a_correction_of_some_modules_leaves_the_others_and_what_is_frozen_alone(
     resident: ResidentModel, draw_adapter: Draw
 ) -> None:
-    resident.quantized = True
+    resident.beside = True
     own = draw_adapter(shapes(resident), 2)
     path = "model.layers.0.mlp.up_proj"
     resident.load(own, draw_adapter({path: shapes(resident)[path]}, 3), frozenset({"A"}))

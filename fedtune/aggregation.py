@@ -1,0 +1,55 @@
+"""What several methods share: the exact sum to compare with, the error of an aggregation, and the mean over owners."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from fedtune import lora
+from fedtune.adapter import Adapter, Factors
+from fedtune.payload import adapter_of
+from fedtune.strategy import Answers
+
+METRIC = "aggregation_error"
+
+
+def exact_mean(answers: Answers, like: Adapter | None = None) -> dict[str, Factors]:
+    """`sum_i p_i s_i B_i A_i` of each module as one pair; factors that did not travel are those of `like`."""
+    stacks: dict[str, lora.Stack] = {}
+    for _, share, answer in answers:
+        for path, pair in adapter_of(answer.payload, like).lora.items():
+            stacks.setdefault(path, lora.Stack()).add(pair, share)
+    return {path: stack.pair() for path, stack in stacks.items()}
+
+
+def aggregation_error(exact: Mapping[str, Factors], published: Mapping[str, Factors]) -> dict[str, float]:
+    """How far the published products are from the exact ones, as metrics: of each module (`aggregation_error.<path>`)
+    relative to the norm of its exact product, and of all together. From factors: O((d + k) r^2)."""
+    missed = {path: lora.product_norm(lora.residual([pair], [1.0], published[path])) for path, pair in exact.items()}
+    wanted = {path: lora.product_norm(pair) for path, pair in exact.items()}
+    layers = {f"{METRIC}.{path}": _ratio(missed[path], wanted[path]) for path in exact}
+    return {METRIC: _ratio(math.hypot(*missed.values()), math.hypot(*wanted.values())), **layers}
+
+
+def _ratio(missed: float, wanted: float) -> float:
+    return missed / wanted if wanted > 0 else missed
+
+
+def owner_mean(pairs: Iterable[tuple[float, Factors]], otherwise: Factors) -> Factors:
+    """The weighted mean of A and of B, where row j of A and column j of B are averaged over the pairs that have them (rank
+    above j), with their weights renormalised. What nobody owns, or only with weight 0, is that of `otherwise`, whose rank
+    and scale the result has. Each pair's own scale is folded in, half into each factor."""
+    r, (d, k) = otherwise.rank, otherwise.shape
+    A, B, owned = (torch.zeros(*shape, dtype=torch.float64) for shape in ((r, k), (d, r), (r,)))
+    for weight, pair in pairs:
+        q, half = min(pair.rank, r), math.sqrt(pair.scale / otherwise.scale)
+        A[:q].add_(pair.A[:q].double(), alpha=weight * half)
+        B[:, :q].add_(pair.B[:, :q].double(), alpha=weight * half)
+        owned[:q] += weight
+    has_owner = owned > 0
+    share = torch.where(has_owner, owned, 1.0)
+    A = torch.where(has_owner[:, None], A / share[:, None], otherwise.A.double())
+    B = torch.where(has_owner, B / share, otherwise.B.double())
+    return Factors(A.float(), B.float(), otherwise.scale)
