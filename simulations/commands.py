@@ -1,4 +1,4 @@
-"""The command line: `fedtune simulate`, `strategies`, `report`, `--version`. Heavy imports wait until they are needed.
+"""The command line: `fedtune simulate`, `compare`, `strategies`, `report`, `--version`. Heavy imports wait until needed.
 
 Exit codes: 0 done, 1 the run failed, 2 something that the user must mend, 130 stopped with Ctrl-C.
 """
@@ -52,12 +52,14 @@ def one_line_errors() -> Iterator[None]:
 
 
 @contextmanager
-def said_when_stopped() -> Iterator[None]:
+def said_when_stopped(
+    kept: str = "finished rounds are in the run folder, `adapter` leads to the last one",
+) -> Iterator[None]:
     """Ctrl-C ends in one line; typer alone would end without a word."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        typer.echo("fedtune: stopped; finished rounds are in the run folder, `adapter` leads to the last one", err=True)
+        typer.echo(f"fedtune: stopped; {kept}", err=True)
         raise typer.Exit(130) from stop
 
 
@@ -98,6 +100,35 @@ def simulate(
     with said_when_stopped(), _free(folder, overwrite), LiveTable(Console()) as table, TensorBoard(folder) as events:
         _run(checked, folder, engine, Several([table, events]))
     _finish(folder)
+
+
+@app.command()
+def compare(
+    job: Annotated[str, typer.Argument(help="A job file, or the name of a scenario that is shipped.")],
+    strategies: Annotated[
+        str, typer.Option(help="Strategies or variants of the job, with commas; absent is all its variants, or all strategies.")
+    ] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each: job.seed is 0, 1, …")] = 3,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value for any key of the job, as often as needed.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the comparison; absent is runs/<name of the job>-compare.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Cells at a time; absent is as many as cores and memory allow.")
+    ] = None,
+) -> None:
+    """Play strategies on the same data and cohorts, and put them into one table and one page. Finished cells are kept."""
+    from simulations.sweep import plan
+    from simulations.sweep_run import sweep
+
+    names = [name.strip() for name in strategies.split(",") if name.strip()]
+    planned = plan(_job_file(job), names, seeds, set_ or [], out)
+    with said_when_stopped("finished cells are kept; the same command plays the others"):
+        whole = sweep(planned, processes, Console())
+    if not whole:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,0 +1,152 @@
+"""The table of a comparison, a row for each strategy or variant: for the terminal, and as Markdown in `table.md`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from rich.table import Table
+from rich.text import Text
+
+from server import report_units as units
+from simulations.sweep_cell import Figures, Outcome
+
+HEADERS = ("strategy", "loss, everybody's", "loss, own files", "up", "down", "time", "aggregation error")
+NOTE = (
+    "Held-out loss after the last round, nats per token: mean ± sample standard deviation over the seeds. Everybody's: all "
+    "clients' examples together; own files: each client's own, mean over the clients. Of personal models, everybody's is the "
+    "mean over the clients' models. Bytes are per client and round, of training and evaluation both; time is of the whole run."
+)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (None with one value)."""
+
+    mean: float
+    std: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        if not all(map(math.isfinite, values)):
+            return cls(math.nan, None)
+        return cls(fmean(values), stdev(values) if len(values) > 1 else None)
+
+    def __str__(self) -> str:
+        if math.isnan(self.mean):
+            return "diverged"
+        return f"{self.mean:.3f} ± {'-' if self.std is None else format(self.std, '.3f')}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One strategy or variant over its seeds; without figures where none of its cells ended well."""
+
+    name: str
+    figures: tuple[Figures, ...]
+    notes: tuple[str, ...] = ()  # what cannot be or failed
+
+    def spread(self, of: Callable[[Figures], float]) -> Spread:
+        return Spread.of([of(figures) for figures in self.figures])
+
+    @property
+    def loss(self) -> Spread:
+        return self.spread(lambda figures: figures.loss)
+
+    @property
+    def own(self) -> Spread:
+        return self.spread(lambda figures: figures.own)
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """As HEADERS."""
+        if not self.figures:
+            return (self.name, self.notes[0].partition(":")[0], *["-"] * (len(HEADERS) - 2))  # "failed" or "cannot"
+        mean = lambda of: fmean(map(of, self.figures))  # noqa: E731
+        return (
+            self.name,
+            str(self.loss),
+            str(self.own),
+            units.size(mean(lambda figures: figures.bytes_up)),
+            units.size(mean(lambda figures: figures.bytes_down)),
+            units.duration(mean(lambda figures: figures.seconds)),
+            self._aggregation_error(),
+        )
+
+    def _aggregation_error(self) -> str:
+        errors = [figures.aggregation_error for figures in self.figures if figures.aggregation_error is not None]
+        if errors:
+            return units.metric(fmean(errors))
+        return "exact" if self.figures[0].exact else "-"
+
+
+def rows_of(outcomes: Iterable[Outcome], impossible: Mapping[str, str]) -> list[Row]:
+    """Best loss first; what diverged, failed or cannot be comes last."""
+    by_variant: dict[str, list[Outcome]] = {}
+    for outcome in sorted(outcomes, key=lambda outcome: outcome.seed):
+        by_variant.setdefault(outcome.variant, []).append(outcome)
+    rows = [_row(*item) for item in by_variant.items()]
+    rows += [Row(name, (), (f"cannot: {reason}",)) for name, reason in impossible.items()]
+    return sorted(rows, key=lambda row: (not row.figures, _last(row.loss.mean) if row.figures else 0.0, row.name))
+
+
+def _row(variant: str, outcomes: Sequence[Outcome]) -> Row:
+    strategy = outcomes[0].strategy
+    name = variant if variant == strategy else f"{variant} ({strategy})"
+    troubles = dict.fromkeys(f"{outcome.state}: {outcome.reason}" for outcome in outcomes if outcome.state != "done")
+    done = tuple(outcome.figures for outcome in outcomes if outcome.figures)
+    if done and troubles:
+        return Row(name, done, tuple(f"{len(done)} of {len(outcomes)} seeds, {trouble}" for trouble in troubles))
+    return Row(name, done, tuple(troubles))
+
+
+def base_cells(rows: Sequence[Row]) -> tuple[str, ...] | None:
+    """The base model's row. None where the variants do not evaluate on the same examples."""
+    of = [(row.spread(lambda f: f.base), row.spread(lambda f: f.base_own)) for row in rows if len(row.figures) == _most(rows)]
+    if not of or any(not math.isclose(base.mean, of[0][0].mean, rel_tol=1e-3) for base, _ in of):
+        return None
+    return ("base model", str(of[0][0]), str(of[0][1]), *["-"] * (len(HEADERS) - 3))
+
+
+def rich_table(rows: Sequence[Row]) -> Table:
+    table = Table(*HEADERS[:1], box=None, header_style="bold", caption=NOTE, caption_justify="left")
+    for header in HEADERS[1:]:
+        table.add_column(header, justify="right")
+    for row in rows:
+        table.add_row(*map(Text, row.cells))
+    if base := base_cells(rows):
+        table.add_row(*map(Text, base), style="dim")
+    return table
+
+
+def markdown(title: str, rows: Sequence[Row]) -> str:
+    """As GitHub shows it."""
+    lines = [_line(HEADERS), "|---|" + "---:|" * (len(HEADERS) - 1)]
+    lines += [_line(row.cells) for row in rows]
+    if base := base_cells(rows):
+        lines.append(_line(base))
+    notes = [f"- {_escaped(note)}" for note in notes_of(rows)]
+    return "\n".join([f"# {title}", "", *lines, "", NOTE, *["", *notes][: 2 * len(notes)], ""])
+
+
+def notes_of(rows: Sequence[Row]) -> list[str]:
+    """A line for each cell or strategy that has no figures."""
+    return [f"{row.name}: {units.one_line(note, 300)}" for row in rows for note in row.notes]
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(map(_escaped, cells))} |"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _most(rows: Sequence[Row]) -> int:
+    return max((len(row.figures) for row in rows), default=0) or 1
+
+
+def _last(loss: float) -> float:
+    return math.inf if math.isnan(loss) else loss
