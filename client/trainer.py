@@ -19,7 +19,7 @@ from client.data.sources import Source, clients_in
 from client.local import Local
 from client.model import ResidentModel
 from fedtune.envelope import Envelope
-from fedtune.errors import ClientFailed, DataError, FedtuneError, nearest
+from fedtune.errors import ClientFailed, DataError, FedtuneError, JobError, nearest
 from fedtune.job import Clients, Job
 from fedtune.memory import Memory
 from fedtune.strategy import Answer, Ask
@@ -47,7 +47,13 @@ class Trainer:
 
     @classmethod
     def for_node(cls, client: str, job: Job, *, model: str | None, data: str | None, directory: Path | None) -> Trainer:
-        """One client with the node's own model and data in place of those that the job names."""
+        """One client with the node's own model and data in place of those that the job names. Raises JobError for a
+        partition: no node has what others hold."""
+        if job.data.partition != "natural":
+            raise JobError(
+                f"data.partition = '{job.data.partition}' is for simulation, where all data is in one place; "
+                f"a node trains on its own: leave data.partition out of the job, or type --set data.partition=natural"
+            )
         local_model = job.model.model_copy(update={"path": model} if model else {})
         local_data = job.data.model_copy(update={"path": data} if data else {})
         job = job.model_copy(update={"model": local_model, "data": local_data})

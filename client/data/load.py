@@ -1,4 +1,4 @@
-"""One client's data, ready for the trainer: read, encoded, split into training and held-out, packed."""
+"""One client's data, ready for the trainer: read, encoded, split into training and held-out, dealt out, packed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from client.data.examples import ClientData
 from client.data.formats import Encoder, encode, format_of
 from client.data.packing import pack
 from client.data.readers import Row
-from client.data.sources import Source, rows_of
+from client.data.sources import Source, in_the_data, rows_of
 from fedtune.errors import DataError
 from fedtune.job import Data
 from fedtune.seeds import generator
@@ -26,6 +26,17 @@ def load_client(
 
     Rows are split before they are packed, so no example holds a part of both sets. `labels` is what `labels_in` found.
     """
+    settings = (data, task, tokenizer, seed, labels)
+    own = source.pool.part(source.name, settings, split_rows) if source.pool else split_rows(source, *settings)
+    train: list[Any] = list(own.train)
+    held_out: list[Any] = list(own.held_out)
+    if task == "causal" and data.packing:
+        train, held_out = pack(train, data.max_length), pack(held_out, data.max_length)
+    return ClientData(tuple(train), tuple(_spaced(held_out, data.max_held_out)))
+
+
+def split_rows(source: Source, data: Data, task: str, tokenizer: Any, seed: int, labels: Sequence[str] | None) -> ClientData:
+    """All examples of a client in the data, before any is packed or left out. Raises DataError."""
     rows = rows_of(source)
     format = format_of(rows[0], task, str(source.path))
     encoded = encode(rows, format, Encoder(tokenizer, data.max_length, labels), str(source.path))
@@ -39,15 +50,13 @@ def load_client(
     held_out = _held_out(source, {number: rows[number] for number in kept}, data.held_out, seed)
     train: list[Any] = [one for number in kept if number not in held_out for one in encoded[number]]
     test: list[Any] = [one for number in kept if number in held_out for one in encoded[number]]
-    if task == "causal" and data.packing:
-        train, test = pack(train, data.max_length), pack(test, data.max_length)
-    return ClientData(tuple(train), tuple(_spaced(test, data.max_held_out)))
+    return ClientData(train, test)
 
 
 def labels_in(sources: Mapping[str, Source], data: Data) -> list[str]:
     """The labels of all clients, in the order of their class numbers. Raises DataError for fewer than two."""
     found: set[str] = set()
-    for source in sources.values():
+    for source in in_the_data(sources):
         rows = rows_of(source)
         format_of(rows[0], "classification", str(source.path))
         found |= {name_of(row.get("label"), f"{source.path}, row {number}") for number, row in enumerate(rows, 1)}

@@ -1,13 +1,18 @@
-"""Where each client's rows are: a package of the standard library, a file, a datasets folder, or a part of one."""
+"""Where each client's rows are: a package of the standard library, a file, a datasets folder, or a part of one.
+
+Where the job says so (`data.partition`), new clients stand in their place, who share what all of these have.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from client.data import readers, stdlib
-from fedtune.errors import DataError, nearest
+from client.data.partition import Pool
+from fedtune.errors import DataError, JobError, nearest
 from fedtune.job import Clients, Data
 
 BUILTIN = "builtin:"
@@ -19,21 +24,31 @@ class Source:
 
     name: str
     path: Path
-    kind: Literal["stdlib", "file", "folder"] = "file"
+    kind: Literal["stdlib", "file", "folder", "part"] = "file"
     column: str | None = None  # where one file holds many clients: the rows whose `column` is `name`
+    pool: Pool | None = None  # of which a new client gets its part
 
 
 def clients_in(data: Data, clients: Clients) -> dict[str, Source]:
     """The clients that the job asks for, sorted by name; those of `builtin:stdlib` in the order of its list.
 
-    Raises DataError where nothing is found, or not what was asked for.
+    Raises DataError where nothing is found, or not what was asked for, and JobError for a partition without a count.
     """
     if data.path.startswith(BUILTIN):
         _without_column(data, "the standard library, whose clients are its packages")
         found = _builtin(data.path.removeprefix(BUILTIN))
     else:
         found = _on_disk(data)
-    return _chosen({source.name: source for source in found}, data, clients)
+    by_name = {source.name: source for source in found}
+    if data.partition == "natural":
+        return _chosen(by_name, data, clients)
+    return _new(_chosen(by_name, data, clients.model_copy(update={"count": None})), data, clients.count)
+
+
+def in_the_data(sources: Mapping[str, Source]) -> Collection[Source]:
+    """The clients themselves, or those whose data the new clients share."""
+    pool = next(iter(sources.values())).pool
+    return pool.sources if pool else sources.values()
 
 
 def rows_of(source: Source) -> list[readers.Row]:
@@ -110,6 +125,16 @@ def _chosen(found: dict[str, Source], data: Data, clients: Clients) -> dict[str,
             f"type --set clients.count={len(names)}, or add data"
         )
     return {name: found[name] for name in names[: clients.count]}
+
+
+def _new(pooled: Mapping[str, Source], data: Data, count: int | None) -> dict[str, Source]:
+    if count is None:
+        raise JobError(
+            f"data.partition = '{data.partition}' makes new clients, and clients.count does not say how many; "
+            f"type --set clients.count={len(pooled)}"
+        )
+    pool = Pool(tuple(pooled.values()), count)
+    return {name: Source(name, Path(data.path), "part", pool=pool) for name in pool.clients}
 
 
 def _without_column(data: Data, what: str) -> None:
