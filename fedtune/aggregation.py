@@ -33,6 +33,13 @@ def aggregation_error(exact: Mapping[str, Factors], published: Mapping[str, Fact
     return {METRIC: _ratio(math.hypot(*missed.values()), math.hypot(*wanted.values())), **layers}
 
 
+def split(metrics: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """The errors of single modules, by path, and all other metrics."""
+    prefix = f"{METRIC}."
+    layers = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
+    return layers, {name: value for name, value in metrics.items() if not name.startswith(prefix)}
+
+
 def _ratio(missed: float, wanted: float) -> float:
     return missed / wanted if wanted > 0 else missed
 

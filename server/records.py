@@ -31,6 +31,7 @@ class RoundRecord:
     metrics: Mapping[str, float] = field(default_factory=dict)  # perplexity, token_accuracy, and the method's own
     seconds: float = 0.0
     clients: Mapping[str, ClientRecord] = field(default_factory=dict)
+    layer_errors: Mapping[str, float] = field(default_factory=dict)  # aggregation error of each module, by its path
 
     @property
     def bytes_down(self) -> int:

@@ -44,6 +44,7 @@ def render(run: RecordedRun) -> str:
             lede=view.lede(run),
             verdict=view.verdict(run.comparison),
             metric_names=view.metric_names(run.rounds),
+            layers=view.layers(run.rounds),
             headlines=view.headlines(run),
             loss_chart=view.loss_chart(run),
             bytes_chart=view.bytes_chart(run.rounds),

@@ -41,6 +41,11 @@ def metric_names(rounds: Sequence[RoundRecord]) -> list[str]:
     return sorted({name for r in rounds for name in r.metrics} - {"perplexity", "loss"})
 
 
+def layers(rounds: Sequence[RoundRecord]) -> list[str]:
+    """The modules whose aggregation error was measured, in the model's order."""
+    return list(dict.fromkeys(path for record in rounds for path in record.layer_errors))
+
+
 def headlines(run: RecordedRun) -> list[Headline]:
     return [_loss(run), _traffic(run.rounds), _time(run), _answers(run.rounds)]
 

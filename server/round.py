@@ -10,6 +10,7 @@ from types import TracebackType
 
 from flwr.serverapp import Grid
 
+from fedtune.aggregation import split
 from fedtune.base import Blueprint
 from fedtune.envelope import Envelope
 from fedtune.errors import ClientFailed, Refused, RoundFailed
@@ -76,7 +77,8 @@ class Round:
         if loss is not None and self._federation.job.model.task == "causal":
             figures["perplexity"] = math.exp(min(loss, 700.0))
         seconds = time.monotonic() - self._began
-        record = RoundRecord(self.number, loss, {**figures, **own}, seconds, self.tally.clients)
+        layers, own = split(own)
+        record = RoundRecord(self.number, loss, {**figures, **own}, seconds, self.tally.clients, layers)
         self._run.log(record)
         self._federation.watcher.round_ended(record)
         return record

@@ -58,6 +58,7 @@ def _scalars(record: RoundRecord) -> Iterator[tuple[str, float]]:
     yield "bytes/down", record.bytes_down
     yield "bytes/up", record.bytes_up
     yield from ((f"metrics/{name}", value) for name, value in record.metrics.items())
+    yield from ((f"aggregation_error/{path}", error) for path, error in record.layer_errors.items())
     for name, client in record.clients.items():
         if client.loss is not None:
             yield f"client_loss/{name}", client.loss

@@ -97,7 +97,7 @@ def test_one_step_of_sgd_is_w_less_lr_times_the_gradient(ready: Ready) -> None:
     loss = mean_loss(resident, UNEQUAL).item()
     wanted = [w - 0.25 * g for w, g in zip(parameters(resident), gradients(resident, UNEQUAL), strict=True)]
     got = fit(resident, again(UNEQUAL), Train(optimizer="sgd", clip=0), 1, 0.25)
-    assert got == pytest.approx({"loss": loss, "steps": 1, "examples": 4}, rel=1e-5)
+    assert got == pytest.approx({"loss": loss, "steps": 1, "examples": 4, "lr_sum": 0.25}, rel=1e-5)
     for one, other in zip(parameters(resident), wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
@@ -150,7 +150,10 @@ def test_a_penalty_adds_its_gradient(ready: Ready) -> None:
     resident = ready()
     pairs = zip(parameters(resident), gradients(resident, UNEQUAL), strict=True)
     wanted = [w - 0.1 * (g + 3 * w) for w, g in pairs]  # the gradient of 3/2 |w|^2 is 3 w
-    penalty = lambda: sum(1.5 * w.square().sum() for w in resident.trainable())  # noqa: E731
+
+    def penalty(live: Adapter) -> Tensor:
+        return sum((1.5 * w.square().sum() for pair in live.lora.values() for w in (pair.A, pair.B)), torch.zeros(()))
+
     fit(resident, again(UNEQUAL), Train(optimizer="sgd", clip=0), 1, 0.1, penalty)
     for one, other in zip(parameters(resident), wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)

@@ -203,7 +203,22 @@ def test_the_held_out_loss_counts_every_token_once(play: Play) -> None:
     records = play().records
     assert [record.round for record in records] == [0, 1, 2]
     assert [record.loss for record in records] == [1.875] * 3
-    assert records[1].metrics == pytest.approx({"perplexity": math.exp(1.875), "token_accuracy": 0.5})
+    metrics = {name: records[1].metrics[name] for name in ("perplexity", "token_accuracy")}
+    assert metrics == pytest.approx({"perplexity": math.exp(1.875), "token_accuracy": 0.5})
+
+
+def test_the_error_of_the_aggregation_is_reported_for_each_module(play: Play) -> None:
+    """Client i sends A = B = v_i everywhere, v = 8, 16, 4 with p = n_i / 7, so that every product is v_i^2 times one matrix:
+    the error is |mean(v^2) - mean(v)^2| / mean(v^2) in each module."""
+    record = play().records[1]
+    p = [size / sum(SIZES.values()) for size in SIZES.values()]
+    v = [8.0, 16.0, 4.0]
+    mean, square = sum(a * b for a, b in zip(p, v, strict=True)), sum(a * b * b for a, b in zip(p, v, strict=True))
+    wanted = (square - mean**2) / square
+    assert len(record.layer_errors) == 14
+    assert list(record.layer_errors.values()) == pytest.approx([wanted] * 14, rel=1e-6)
+    assert record.metrics["aggregation_error"] == pytest.approx(wanted, rel=1e-6)
+    assert not [name for name in record.metrics if "model.layers" in name]
 
 
 @pytest.mark.parametrize(("every", "rounds"), [(0, []), (1, [0, 1, 2, 3]), (2, [0, 2])])
