@@ -34,7 +34,7 @@ def sweep(plan: Plan, processes: int | None, console: Console) -> bool:
     for note in sweep_table.notes_of(rows):
         console.print(Text(note), soft_wrap=True)
     _write(plan.out / "table.md", sweep_table.markdown(_title(plan), rows))
-    _write(plan.out / "comparison.html", page(_title(plan), rows, done))
+    _write(plan.out / "comparison.html", page(_title(plan), rows))
     console.print(Text(f"table: {plan.out / 'table.md'}\npage:  {plan.out / 'comparison.html'}"), soft_wrap=True)
     return not any(outcome.state == "failed" for outcome in done)
 
