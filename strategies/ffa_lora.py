@@ -3,36 +3,31 @@
     sum_i p_i s B_i A_0 = s (sum_i p_i B_i) A_0          the mean is exact, and noise on B stays linear
 
 A_0 never travels: both sides draw it from `seed`, the same bits everywhere (fedtune.seeds). It likes a learning rate 2
-to 10 times that of LoRA. Scales are the server's, so clients cannot disagree on alpha.
+to 10 times that of LoRA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 
 from fedtune.adapter import Adapter, Factors
-from fedtune.memory import Memory
 from fedtune.payload import Payload, Role, adapter_of, payload_of
 from fedtune.seeds import lora_a
-from fedtune.strategy import Answer, Answers, Ask, ClientInfo, LocalModel, ServerState, Strategy
-
-SENT = (Role.B, Role.DENSE)
+from fedtune.strategy import ServerState
+from strategies.one_factor import OneFactor
 
 
 @dataclass(frozen=True)
-class FfaLora(Strategy):
+class FfaLora(OneFactor):
     """FFA-LoRA: A frozen from a shared seed, B averaged (exact). Needs one rank for all clients."""
 
     name: ClassVar[str] = "ffa_lora"
     paper: ClassVar[str] = "Sun et al., ICLR 2024, arXiv 2403.12313"
     up: ClassVar[str] = "r*d + h"
     down: ClassVar[str] = "r*d + h"
-    exact: ClassVar[bool] = True
-    secure_sum: ClassVar[bool] = True
     seed: int = 0  # of A_0
 
     def start(self, adapter: Adapter) -> ServerState:
@@ -43,17 +38,8 @@ class FfaLora(Strategy):
         """A_0 of a module, (r, k)."""
         return lora_a(self.seed, path, B.shape[1], k)
 
-    def round(self, state: ServerState, cohort: Sequence[ClientInfo]) -> Generator[Ask, Answers, ServerState]:
-        answers = yield Ask("train", self.broadcast(state))
-        return replace(state, adapter=adapter_of(answers.mean(), like=state.adapter))
-
-    def answer(self, ask: Ask, local: LocalModel, memory: Memory) -> Answer:
-        local.load(self.received(ask.payload), frozen=("A",))
-        metrics = local.fit()
-        return Answer(payload_of(local.adapter(), SENT), local.examples, metrics)
-
     def broadcast(self, state: ServerState) -> Payload:
-        payload = payload_of(state.adapter, SENT)
+        payload = payload_of(state.adapter, (Role.B, Role.DENSE))
         widths = {f"{path}.k": float(pair.shape[1]) for path, pair in state.adapter.lora.items()}
         return replace(payload, scalars={**payload.scalars, **widths})
 

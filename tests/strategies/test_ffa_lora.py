@@ -35,7 +35,7 @@ def test_the_mean_is_exact(clients: dict[str, Drifter]) -> None:
 def test_a_never_travels() -> None:
     strategy, local = FfaLora(), Drifter()
     down = strategy.broadcast(strategy.start(adapter()))
-    up = strategy.answer(Ask("train", down), local, Memory()).payload
+    up = strategy.answer(Ask("train B", down), local, Memory()).payload
     for payload in (down, up):
         assert Role.A not in payload.roles.values()
         assert sorted(payload.tensors) == [HEAD, "square.lora_B", "tall.lora_B"]
