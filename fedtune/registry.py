@@ -21,6 +21,7 @@ GROUP = "fedtune.strategies"
 # The same lines stand in pyproject.toml as entry points; here they serve a checkout that was not installed.
 BUILT_IN = {
     "fedavg": "strategies.fedavg:FedAvg",
+    "fedprox": "strategies.fedprox:FedProx",
     "fedsvd": "strategies.fedsvd:FedSVD",
     "ffa_lora": "strategies.ffa_lora:FfaLora",
     "flora": "strategies.flora:FLoRA",
