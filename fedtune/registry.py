@@ -22,6 +22,7 @@ GROUP = "fedtune.strategies"
 BUILT_IN = {
     "fedavg": "strategies.fedavg:FedAvg",
     "fedprox": "strategies.fedprox:FedProx",
+    "fedsa_lora": "strategies.fedsa_lora:FedSALoRA",
     "fedsvd": "strategies.fedsvd:FedSVD",
     "ffa_lora": "strategies.ffa_lora:FfaLora",
     "flora": "strategies.flora:FLoRA",
