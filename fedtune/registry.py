@@ -26,6 +26,7 @@ BUILT_IN = {
     "fedsvd": "strategies.fedsvd:FedSVD",
     "ffa_lora": "strategies.ffa_lora:FfaLora",
     "flora": "strategies.flora:FLoRA",
+    "lora_fair": "strategies.lora_fair:LoraFair",
     "rolora": "strategies.rolora:RoLoRA",
 }
 
