@@ -132,20 +132,18 @@ def compare(
 
 
 @app.command()
-def strategies() -> None:
-    """List the methods that a job can name, with their settings."""
-    from dataclasses import fields
+def strategies(
+    job: Annotated[
+        str | None, typer.Option(help="Count the bytes for this job: a job file, or the name of a scenario.")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value for any key of the job.")] = None,
+) -> None:
+    """List the methods that a job can name: what each does, what it can do, and what it sends."""
+    from fedtune.job import load_job
+    from simulations.strategies_table import strategies_table
 
-    from rich.table import Table
-
-    from fedtune.registry import known, strategy_class
-
-    table = Table("strategy", "what it does", "settings (default)", box=None, header_style="bold")
-    for name in known():
-        cls = strategy_class(name)
-        settings = ", ".join(f"{field.name} ({field.default})" for field in fields(cls)) or "none"  # type: ignore[arg-type]
-        table.add_row(name, (cls.__doc__ or "").strip().partition("\n")[0], settings)
-    Console().print(table)
+    checked = load_job(_job_file(job), set_ or []) if job else None
+    Console().print(strategies_table(checked))
 
 
 @app.command()

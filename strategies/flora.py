@@ -40,7 +40,7 @@ class FLoRA(Strategy):
     name: ClassVar[str] = "flora"
     paper: ClassVar[str] = "Wang et al., NeurIPS 2024, arXiv 2409.05976"
     up: ClassVar[str] = "r*(d + k) + h"
-    down: ClassVar[str] = "min(R*(d + k), r*(d + k) + d*k) + h, R = min(max_rank, d, k)"
+    down: ClassVar[str] = "min(R*(d + k), r*(d + k) + d*k) + h"
     exact: ClassVar[bool] = True
     mixed_ranks: ClassVar[bool] = True
     max_rank: int = 64  # of the cumulative adapter

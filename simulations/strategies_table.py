@@ -1,0 +1,74 @@
+"""The table of `fedtune strategies`: every method that a job can name, what it can do, and what it sends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from fedtune.base import blueprint
+from fedtune.errors import StrategyError
+from fedtune.job import Job
+from fedtune.registry import known, strategy_class, strategy_from
+from fedtune.strategy import Strategy
+from server import report_units as units
+from simulations.traffic import traffic
+
+ABILITIES = {"exact": "exact", "mixed_ranks": "mixed ranks", "secure_sum": "secure sum", "personal": "personal models"}
+CAPTION = (
+    "numbers that cross per client and round of training, summed over modules: r rank, (d, k) shape of the module, "
+    "R rank of what has accumulated, h size of the whole parameters; exact: publishes the weighted mean of the clients' products"
+)
+
+
+def strategies_table(job: Job | None) -> Table:
+    """With a job, its own settings are counted for the strategy that it names, defaults for the others."""
+    table = Table(box=None, header_style="bold", pad_edge=False, caption=CAPTION, caption_justify="left", leading=1)
+    for heading in ("strategy", "what it does", "can", "up", "down"):
+        table.add_column(heading, overflow="fold")
+    plan = blueprint(job) if job else None
+    for name in known():
+        try:
+            cls = strategy_class(name)
+        except StrategyError as error:
+            table.add_row(name, Text(f"cannot be loaded: {error}", style="red"))
+            continue
+        counted = [""] * 2 if job is None or plan is None else _counted(name, job, plan)
+        up, down = map(_cell, (cls.up, cls.down), counted)
+        table.add_row(Text(name, style="bold"), _words(cls), _abilities(cls), up, down)
+    return table
+
+
+def _words(cls: type[Strategy]) -> Text:
+    summary = (cls.__doc__ or "").strip().partition("\n")[0]
+    settings = ", ".join(f"{field.name} ({_default(field)})" for field in fields(cls))  # type: ignore[arg-type]
+    text = Text(summary)
+    for line in (cls.paper, f"settings: {settings}" if settings else ""):
+        text.append(f"\n{line}" if line else "", style="dim")
+    return text
+
+
+def _default(field: Any) -> str:
+    """As it is written in a job."""
+    return str(field.default if not callable(field.default_factory) else field.default_factory())
+
+
+def _abilities(cls: type[Strategy]) -> str:
+    return ", ".join(words for flag, words in ABILITIES.items() if getattr(cls, flag))
+
+
+def _counted(name: str, job: Job, plan: Any) -> list[str]:
+    settings: Mapping[str, Any] = job.strategy.settings if name == job.strategy.name else {}
+    try:
+        sent = traffic(strategy_from(name, settings), job, plan)
+    except StrategyError as error:
+        return [f"cannot: {str(error).partition(';')[0]}", ""]
+    return [units.size(sent.up), units.size(sent.down)]
+
+
+def _cell(formula: str, counted: str) -> Text:
+    text = Text(counted, style="bold")
+    return text.append(("\n" if counted else "") + formula.replace("*", ""), style="" if not counted else "dim not bold")

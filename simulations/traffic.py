@@ -1,0 +1,131 @@
+"""What a method would send: its own conversation, played with clients that know shapes only, and every message counted.
+
+No model and no data are loaded. So a plug-in is counted as the built-ins are, and no formula has to be believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fedtune.adapter import Adapter, Factors
+from fedtune.base import Blueprint, pinned
+from fedtune.folding import FoldedAnswers
+from fedtune.job import Job
+from fedtune.memory import Memory
+from fedtune.seeds import generator
+from fedtune.strategy import Ask, ClientInfo, Penalty, ServerState, Strategy
+from fedtune.wire import pack_answer, pack_ask, unpack_answer, unpack_ask
+
+ROUNDS = 3  # until ranks that accumulate over rounds have grown, and everybody has been met
+CLIENTS = 8  # where the job does not say how many
+
+
+@dataclass
+class Stand:
+    """A LocalModel without a model: training moves what may move at random."""
+
+    examples: int
+    rank: int
+    scale: float
+    draw: torch.Generator
+    pinned: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+
+    def rank_of(self, path: str) -> int:
+        return self.pinned.get(path, (self.rank, self.scale))[0]
+
+    def scale_of(self, path: str) -> float:
+        return self.pinned.get(path, (self.rank, self.scale))[1]
+
+    def load(
+        self,
+        adapter: Adapter,
+        merged: Adapter | None = None,
+        frozen: Sequence[str] = (),
+        cores: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._slot, self._frozen, self._cores = adapter, frozen, dict(cores or {})
+
+    def adapter(self) -> Adapter:
+        return self._slot
+
+    def cores(self) -> Mapping[str, Tensor]:
+        return self._cores
+
+    def fit(self, penalty: Penalty | None = None) -> Mapping[str, float]:
+        self._slot = self._changed(lambda part, tensor: tensor + self._noise(tensor) if part not in self._frozen else tensor)
+        self._cores = {path: core + self._noise(core) for path, core in self._cores.items()}
+        return {"loss": 3.0, "steps": 1.0, "examples": 1.0, "lr_sum": 0.001}
+
+    def gradient(self, batches: int = 1) -> Adapter:
+        return self._changed(lambda _, tensor: self._noise(tensor))
+
+    def evaluate(self) -> Mapping[str, float]:
+        return {}
+
+    def _changed(self, change) -> Adapter:  # type: ignore[no-untyped-def]
+        lora = {p: Factors(change("A", pair.A), change("B", pair.B), pair.scale) for p, pair in self._slot.lora.items()}
+        return replace(self._slot, lora=lora, dense={n: change("dense", t) for n, t in self._slot.dense.items()})
+
+    def _noise(self, tensor: Tensor) -> Tensor:
+        return torch.randn(tensor.shape, generator=self.draw)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one client in one round of training, tensors and header; evaluation is a broadcast more."""
+
+    up: int
+    down: int
+
+
+def traffic(strategy: Strategy, job: Job, plan: Blueprint) -> Traffic:
+    """Of the mean client, in the last of a few rounds. Raises StrategyError where the method cannot work with the job."""
+    strategy.check_job(job)
+    clients = _clients(job, plan)
+    cohort = [ClientInfo(id, local.examples, local.rank, local.scale, local.pinned) for id, local in clients.items()]
+    strategy.check(cohort)
+    state, memories = strategy.start(plan.adapter), {id: Memory() for id in clients}
+    for _ in range(ROUNDS):
+        state, last = _round(strategy, state, cohort, clients, memories)
+    return Traffic(last.up // len(clients), last.down // len(clients))
+
+
+def _clients(job: Job, plan: Blueprint) -> dict[str, Stand]:
+    named = [*(job.clients.names or ()), *job.clients.ranks, *job.clients.budgets]
+    count = job.rounds.clients or job.clients.count or max(len(set(named)), CLIENTS)
+    ids = [*dict.fromkeys(named), *(f"client-{number:02d}" for number in range(count))][:count]
+    return {
+        id: Stand(
+            100,
+            job.rank_of(id),
+            job.scale_of(id),
+            generator(job.seed, id),
+            pinned(job, plan.adapter.lora, job.rank_of(id), job.scale_of(id)),
+        )
+        for id in sorted(ids)
+    }
+
+
+def _round(
+    strategy: Strategy,
+    state: ServerState,
+    cohort: Sequence[ClientInfo],
+    clients: Mapping[str, Stand],
+    memories: Mapping[str, Memory],
+) -> tuple[ServerState, Traffic]:
+    conversation, up, down = strategy.round(state, cohort), 0, 0
+    try:
+        ask: Ask = next(conversation)
+        while True:
+            given = {}
+            for id, local in clients.items():
+                asked = pack_ask(ask, id, {"ask": "3.0", "round": 3})
+                answered = pack_answer(strategy.answer(unpack_ask(asked), local, memories[id]), {"ask": "3.0", "client": id})
+                up, down, given[id] = up + answered.size(), down + asked.size(), unpack_answer(answered)
+            ask = conversation.send(FoldedAnswers({id: a.weight for id, a in given.items()}, ask.fold, given.__getitem__))
+    except StopIteration as end:
+        return end.value, Traffic(up, down)
