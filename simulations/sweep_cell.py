@@ -121,11 +121,10 @@ def finished(cell: Cell) -> Outcome | None:
 
 
 def figures_of(trainer: Trainer, result: RunResult) -> Figures:
-    records, strategy = result.records, trainer.strategy
-    personal, last = bool(getattr(strategy, "personal", False)), records[-1]
+    records, strategy, last = result.records, trainer.strategy, result.records[-1]
     down, up = bytes_per_client(records) or (0.0, 0.0)
     return Figures(
-        loss=everybodys_loss_of_personal(trainer, result) if personal else _measured(last),
+        loss=everybodys_loss_of_personal(trainer, result) if strategy.personal else _measured(last),
         own=own_loss(last),
         base=_measured(records[0]),
         base_own=own_loss(records[0]),
@@ -133,8 +132,8 @@ def figures_of(trainer: Trainer, result: RunResult) -> Figures:
         bytes_down=down,
         seconds=sum(record.seconds for record in records),
         aggregation_error=last.metrics.get("aggregation_error"),
-        exact=bool(getattr(strategy, "exact", False)),
-        personal=personal,
+        exact=strategy.exact,
+        personal=strategy.personal,
         curve=tuple(curve(records)),
     )
 
