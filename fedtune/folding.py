@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch import Tensor
 from fedtune.errors import RoundFailed
 from fedtune.payload import Payload, Role
 from fedtune.strategy import Answer, Answers, Fold
+
+CHUNK = 2**17  # elements: 1 MB in float64. A copy of a whole large tensor would go out to memory and back
 
 
 class FoldedAnswers(Answers):
@@ -48,16 +50,40 @@ def shares(weights: Mapping[str, float]) -> dict[str, float]:
 
 
 def weighted_mean(answers: Iterable[tuple[str, float, Answer]], roles: Collection[Role] | None = None) -> Payload:
-    """`sum_i share_i payload_i` in float64, one answer at a time; float32 at the end. Integers become float32 too."""
-    tensors: dict[str, Tensor] = {}
+    """`sum_i share_i payload_i` in float64, one answer at a time; float32 at the end. Integers become float32 too.
+
+    Raises RoundFailed where a tensor has another shape than in the answers before.
+    """
+    sums: dict[str, Tensor] = {}
     scalars: dict[str, float] = {}
     kinds: dict[str, Role] = {}
-    for _, share, answer in answers:
+    for client, share, answer in answers:
         for name, tensor in answer.payload.tensors.items():
             if roles is None or answer.payload.roles[name] in roles:
-                sum_so_far = tensors.get(name)
-                tensors[name] = share * tensor.double() if sum_so_far is None else sum_so_far.add_(tensor.double(), alpha=share)
                 kinds[name] = answer.payload.roles[name]
+                sums[name] = _added(sums.get(name), tensor, share, f"'{name}' of client '{client}'")
         for name, value in answer.payload.scalars.items():
             scalars[name] = scalars.get(name, 0.0) + share * value
-    return Payload({name: tensor.to(torch.float32) for name, tensor in tensors.items()}, kinds, scalars)
+    return Payload({name: tensor.to(torch.float32) for name, tensor in sums.items()}, kinds, scalars)
+
+
+def _added(sum_so_far: Tensor | None, tensor: Tensor, share: float, what: str) -> Tensor:
+    """`sum_so_far + share * tensor`, in the memory of the sum, which the first tensor makes."""
+    if sum_so_far is None:
+        total = torch.empty(tensor.shape, dtype=torch.float64, device=tensor.device)
+        for part, given in zip(_chunks(total), _chunks(tensor), strict=True):
+            torch.mul(given.double(), share, out=part)
+        return total
+    if sum_so_far.shape != tensor.shape:
+        shapes = tuple(tensor.shape), tuple(sum_so_far.shape)
+        raise RoundFailed(
+            f"{what} has the shape {shapes[0]}, in the answers before it was {shapes[1]}: nothing can be averaged"
+        )
+    for part, given in zip(_chunks(sum_so_far), _chunks(tensor), strict=True):
+        part.add_(given.double(), alpha=share)
+    return sum_so_far
+
+
+def _chunks(tensor: Tensor) -> Sequence[Tensor]:
+    """The tensor in flat pieces of which a float64 copy stays in the processor's cache; a small one as it is."""
+    return (tensor,) if tensor.numel() <= CHUNK else torch.split(tensor.reshape(-1), CHUNK)

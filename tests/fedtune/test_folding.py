@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.errors import RoundFailed
-from fedtune.folding import FoldedAnswers, shares, weighted_mean
+from fedtune.folding import CHUNK, FoldedAnswers, shares, weighted_mean
 from fedtune.payload import Payload, Role
 from fedtune.strategy import Answer, Fold
 
@@ -96,3 +96,33 @@ def test_single_answers_are_for_those_who_asked_for_them() -> None:
     with pytest.raises(TypeError, match=r"declared Fold.SUM.*fold=Fold.EACH"):
         iter(folded(answers))
     assert list(folded(answers, Fold.EACH)) == [("a", 0.25, answers["a"]), ("b", 0.75, answers["b"])]
+
+
+def stream(*tensors: torch.Tensor) -> list[tuple[str, float, Answer]]:
+    """An answer with the one tensor `x` from each of the clients a, b, c …, of shares 1/2, 1/3, 1/4 …"""
+    clients = zip("abcdefgh", tensors, strict=False)
+    return [(c, 1 / (2 + i), Answer(Payload({"x": x}, {"x": Role.DENSE}))) for i, (c, x) in enumerate(clients)]
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (7, 3), (CHUNK,), (CHUNK + 1,), (3, CHUNK + 5)])
+def test_pieces_have_the_bits_of_the_whole(shape: tuple[int, ...]) -> None:
+    tensors = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    naive = 1 / 2 * tensors[0].double()
+    naive.add_(tensors[1].double(), alpha=1 / 3).add_(tensors[2].double(), alpha=1 / 4)
+    mean = weighted_mean(stream(*tensors)).tensors["x"]
+    assert mean.shape == shape
+    assert torch.equal(mean, naive.float())
+
+
+def test_a_tensor_that_lies_across_memory_is_folded_as_it_is_seen() -> None:
+    tall = torch.arange(2.0 * CHUNK).reshape(CHUNK, 2)
+    wide = tall.T.contiguous()
+    for first, second in ((tall.T, wide), (wide, tall.T)):
+        assert torch.equal(weighted_mean(stream(first, second)).tensors["x"], (wide.double() / 2 + wide.double() / 3).float())
+
+
+@pytest.mark.parametrize("other", [(3, 2), (2,), (1, 2), (2, 2, 1), ()])
+def test_another_shape_is_an_error_and_never_stretched(other: tuple[int, ...]) -> None:
+    with pytest.raises(RoundFailed) as error:
+        weighted_mean(stream(torch.ones(2, 2), torch.ones(2, 2), torch.ones(other)))
+    assert str(error.value).startswith(f"'x' of client 'c' has the shape {other}, in the answers before it was (2, 2)")
