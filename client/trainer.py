@@ -46,9 +46,11 @@ class Trainer:
         return cls(with_labels(job, sources), sources)
 
     @classmethod
-    def for_node(cls, client: str, job: Job, *, model: str | None, data: str | None, directory: Path | None) -> Trainer:
-        """One client with the node's own model and data in place of those that the job names. Raises JobError for a
-        partition: no node has what others hold."""
+    def for_node(
+        cls, client: str, job: Job, *, model: str | None, data: str | None, directory: Path | None, budget: float | None = None
+    ) -> Trainer:
+        """One client with the node's own model, data and budget in place of those that the job names. Raises JobError for
+        a partition: no node has what others hold."""
         if job.data.partition != "natural":
             raise JobError(
                 f"data.partition = '{job.data.partition}' is for simulation, where all data is in one place; "
@@ -56,7 +58,9 @@ class Trainer:
             )
         local_model = job.model.model_copy(update={"path": model} if model else {})
         local_data = job.data.model_copy(update={"path": data} if data else {})
-        job = job.model_copy(update={"model": local_model, "data": local_data})
+        budgets = {**job.clients.budgets, **({client: budget} if budget else {})}
+        clients = job.clients.model_copy(update={"budgets": budgets})
+        job = job.model_copy(update={"model": local_model, "data": local_data, "clients": clients})
         source = _own_source(client, clients_in(job.data, Clients()))
         if directory:
             directory.mkdir(parents=True, exist_ok=True)

@@ -75,8 +75,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--socket", required=True, type=Path, help="where the relay finds this trainer")
     parser.add_argument("--model", help="base model on this node, in place of the job's")
     parser.add_argument("--data", help="data on this node, in place of the job's")
+    parser.add_argument(
+        "--budget", type=_above_zero, help="what this node can afford, where the job's ranks go by it; 1 is usual"
+    )
     parser.add_argument("--dir", type=Path, help="what the client keeps between rounds; absent is in memory only")
     return parser
+
+
+def _above_zero(text: str) -> float:
+    if not 0 < (number := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} was given, wanted a number above 0")
+    return number
 
 
 def _builder(given: argparse.Namespace) -> Callable[[dict[str, Any]], Answers]:
@@ -85,7 +94,8 @@ def _builder(given: argparse.Namespace) -> Callable[[dict[str, Any]], Answers]:
         from fedtune.job import checked_job
 
         resolved = checked_job(job, "the coordinator's job")
-        return Trainer.for_node(given.client, resolved, model=given.model, data=given.data, directory=given.dir)
+        own = {"model": given.model, "data": given.data, "directory": given.dir, "budget": given.budget}
+        return Trainer.for_node(given.client, resolved, **own)
 
     return build
 

@@ -169,6 +169,16 @@ def test_a_node_takes_its_own_model_and_data_and_the_rest_from_the_job(
     assert (answer.weight, answer.metrics["steps"]) == (9, 1)  # 2 of cy's 11 texts are held out
 
 
+def test_a_node_declares_its_own_budget(make_job: MakeJob, tiny_data: Path) -> None:
+    """adapter.rank goes by it: 3 times the usual 4, and alpha likewise, so that the scale stays 6 / 4."""
+    keys = ["adapter.rank={default=4, by='budget', max=16}", "adapter.alpha={default=6, by='budget', max=99}"]
+    data = {"model": None, "data": str(tiny_data / "bob.jsonl"), "directory": None}
+    trainer = Trainer.for_node("bob", make_job(*keys, "clients.budgets.bob=1"), **data, budget=3)
+    local = trainer.local("bob", 1)
+    assert (local.rank, local.scale) == (12, 1.5)
+    assert trainer.local("bob", 1).rank_of("model.layers.0.self_attn.q_proj") == 12
+
+
 def test_a_node_finds_its_client_in_a_folder_of_many(make_job: MakeJob, tiny_data: Path) -> None:
     assert unpack_answer((trainer := node(make_job(), tiny_data)).answer(ask(trainer))).weight == 6
 
