@@ -20,6 +20,7 @@ from fedtune.strategy import Strategy
 GROUP = "fedtune.strategies"
 # The same lines stand in pyproject.toml as entry points; here they serve a checkout that was not installed.
 BUILT_IN = {
+    "fed_sb": "strategies.fed_sb:FedSB",
     "fedavg": "strategies.fedavg:FedAvg",
     "fedprox": "strategies.fedprox:FedProx",
     "fedsa_lora": "strategies.fedsa_lora:FedSALoRA",
@@ -28,6 +29,7 @@ BUILT_IN = {
     "flora": "strategies.flora:FLoRA",
     "lora_fair": "strategies.lora_fair:LoraFair",
     "rolora": "strategies.rolora:RoLoRA",
+    "scaffold": "strategies.scaffold:Scaffold",
 }
 
 

@@ -35,6 +35,7 @@ class Drifter(QuadraticModel):
         lora = {p: Factors(moved(m.A, "A"), moved(m.B, "B"), m.scale) for p, m in self._slot.lora.items()}
         dense = {name: moved(tensor, "dense") for name, tensor in self._slot.dense.items()}
         self._slot = replace(self._slot, lora=lora, dense=dense)
+        self._cores = {path: moved(core, "core") for path, core in self._cores.items()}
         return {"loss": 0.0}
 
     @property
