@@ -70,4 +70,5 @@ def correction(mean: Factors, exact: Factors, regularization: float) -> Tensor:
         return torch.zeros_like(B)
     wanted = (exact.scale / mean.scale) * exact.B.double() @ (exact.A.double() @ A.T)  # DW/s A^T, (d, r)
     system = gram + penalty * torch.eye(mean.rank, dtype=torch.float64)
-    return torch.linalg.solve(system, wanted - B @ gram, left=False)
+    dB: Tensor = torch.linalg.solve(system, wanted - B @ gram, left=False)
+    return dB
