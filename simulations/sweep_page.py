@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from fedtune.paths import app_root
 from server import report_units as units
-from server.report import __file__ as report
 from simulations import sweep_charts as charts
 from simulations import sweep_table as tables
 from simulations.sweep_table import Row
@@ -59,7 +58,7 @@ def verdict(rows: list[Row]) -> str:
 @cache
 def _templates() -> Environment:
     # Names and reasons come from a job file or a plug-in: everything is escaped.
-    folders = [Path(__file__).parent, Path(report).parent]
+    folders = [app_root() / "simulations", app_root() / "server"]
     return Environment(
         loader=FileSystemLoader(folders), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
