@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.base import blueprint
+from fedtune.base import Blueprint, blueprint
 from fedtune.errors import StrategyError
 from fedtune.job import Job
 from fedtune.registry import known, strategy_class, strategy_from
@@ -36,9 +36,14 @@ def strategies_table(job: Job | None) -> Table:
         except StrategyError as error:
             table.add_row(name, Text(f"cannot be loaded: {error}", style="red"))
             continue
-        counted = [""] * 2 if job is None or plan is None else _counted(name, job, plan)
+        words, counted = _words(cls), ("", "")
+        if job is not None and plan is not None:
+            try:
+                counted = _counted(name, job, plan)
+            except StrategyError as error:
+                words.append(f"\nnot with this job: {error}", style="yellow")
         up, down = map(_cell, (cls.up, cls.down), counted)
-        table.add_row(Text(name, style="bold"), _words(cls), _abilities(cls), up, down)
+        table.add_row(Text(name, style="bold"), words, _abilities(cls), up, down)
     return table
 
 
@@ -60,13 +65,10 @@ def _abilities(cls: type[Strategy]) -> str:
     return ", ".join(words for flag, words in ABILITIES.items() if getattr(cls, flag))
 
 
-def _counted(name: str, job: Job, plan: Any) -> list[str]:
+def _counted(name: str, job: Job, plan: Blueprint) -> tuple[str, str]:
     settings: Mapping[str, Any] = job.strategy.settings if name == job.strategy.name else {}
-    try:
-        sent = traffic(strategy_from(name, settings), job, plan)
-    except StrategyError as error:
-        return [f"cannot: {str(error).partition(';')[0]}", ""]
-    return [units.size(sent.up), units.size(sent.down)]
+    sent = traffic(strategy_from(name, settings), job, plan)
+    return units.size(sent.up), units.size(sent.down)
 
 
 def _cell(formula: str, counted: str) -> Text:
