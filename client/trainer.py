@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from client.data.load import labels_in, load_client
 from client.data.sources import Source, clients_in
 from client.local import Local
 from client.model import ResidentModel
+from client.personal import write_own
+from fedtune.base import Blueprint, blueprint
 from fedtune.envelope import Envelope
 from fedtune.errors import ClientFailed, DataError, FedtuneError, JobError, nearest
 from fedtune.job import Clients, Job
@@ -95,6 +98,14 @@ class Trainer:
     def local(self, client: str, round: int) -> Local:
         return Local(self.resident, self.data(client), self.job, client, round)
 
+    def write_own(self, client: str, round: int, folder: Path) -> None:
+        """Write what the client uses now, its own adapter where the method is personal, as a PEFT folder."""
+        write_own(folder, self.resident.adapter(), self.job, self._plan, self.strategy, client, round)
+
+    @cached_property
+    def _plan(self) -> Blueprint:
+        return blueprint(self.job)
+
     def _hello(self, client: str) -> dict[str, Any]:
         rank, scale = self.job.rank_of(client), self.job.scale_of(client)
         return {"examples": len(self.data(client).train), "rank": rank, "scale": scale, "base": self.resident.base}
@@ -105,12 +116,17 @@ class Trainer:
             raise ClientFailed(
                 f"the ask is for base model {asked}, this client has {self.resident.base}: use the same model files"
             )
-        ask = unpack_ask(envelope)
-        local, memory = self.local(client, int(envelope.header["round"])), self.memory(client)
+        ask, round = unpack_ask(envelope), int(envelope.header["round"])
+        local, memory = self.local(client, round), self.memory(client)
         answer = self._half(ask, local, memory)
         if self._directory:
             memory.save(self._directory / f"memory-{client}.safetensors")
+            if self.strategy.personal and ask.kind == "evaluate":  # then what it uses lies in the slot
+                self.write_own(client, round, self._own_folder(self._directory, client))
         return answer
+
+    def _own_folder(self, directory: Path, client: str) -> Path:
+        return directory / "adapter"
 
     def _half(self, ask: Ask, local: Local, memory: Memory) -> Answer:
         half = self.strategy.evaluate if ask.kind == "evaluate" else self.strategy.answer

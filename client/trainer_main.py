@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--budget", type=_above_zero, help="what this node can afford, where the job's ranks go by it; 1 is usual"
     )
-    parser.add_argument("--dir", type=Path, help="what the client keeps between rounds; absent is in memory only")
+    parser.add_argument("--dir", type=Path, help="for what the client keeps between rounds; without it, in memory only")
     return parser
 
 

@@ -88,6 +88,15 @@ def peft_config(adapter: Adapter, job: Job, blueprint: Blueprint) -> LoraConfig:
     )
 
 
+def _whose(provenance: Mapping[str, Any]) -> str:
+    """Of a personal method: whether this is one client's adapter, or what all share."""
+    if client := provenance.get("client"):
+        return f"It is client `{client}`'s own; no other client has it.\n"
+    if provenance.get("personal"):
+        return "What is published here is the shared part; each client's own adapter lies with the client.\n"
+    return ""
+
+
 def _card(job: Job, provenance: Mapping[str, Any]) -> str:
     auto = CLASSES[job.model.task].__name__
     return f"""---
@@ -99,7 +108,7 @@ tags: [lora, federated]
 # {job.name}
 
 A LoRA adapter trained by fedtune: strategy `{job.strategy.name}`, round {provenance.get("round")} of {job.rounds.count}.
-Where it came from is in `fedtune.json`.
+{_whose(provenance)}Where it came from is in `fedtune.json`.
 
 ```python
 from peft import PeftModel

@@ -99,6 +99,7 @@ def provenance(federation: Federation, round: Round) -> dict[str, Any]:
         "base": federation.plan.adapter.base,
         "base_path": job.model.path,
         "strategy": {"name": job.strategy.name, **asdict(federation.strategy)},  # type: ignore[call-overload]
+        "personal": federation.strategy.personal,
         "round": round.number,
         "rounds": job.rounds.count,
         "weights": dict(round.shares),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from client.personal import folder_name
 from client.trainer import Trainer
 from fedtune.errors import JobError
 from fedtune.job import Job
 from server.coordinator import RunResult, run_job
 from server.records import Watcher
 from server.report_folder import read_run
-from server.run_folder import RunFolder, require_free
+from server.run_folder import RunFolder, require_free, writing
 from simulations.compare import compare
 from simulations.grid import InProcessGrid
 
@@ -55,4 +56,16 @@ def resident_trainer(job: Job, watcher: Watcher) -> Trainer:
 
 
 def run_simulation(trainer: Trainer, folder: Path, watcher: Watcher) -> RunResult:
-    return run_job(trainer.job, InProcessGrid(trainer), folder, watcher)
+    result = run_job(trainer.job, InProcessGrid(trainer), folder, watcher)
+    if trainer.strategy.personal:
+        write_own_adapters(trainer, result)
+    return result
+
+
+def write_own_adapters(trainer: Trainer, result: RunResult) -> None:
+    """`clients/<client>/adapter` in the run's folder: what each client ends with. On a node it lies with the trainer."""
+    last, payload = trainer.job.rounds.count, trainer.strategy.broadcast(result.state)
+    for client in trainer.clients:
+        trainer.strategy.use(payload, trainer.local(client, last), trainer.memory(client))
+        with writing(result.folder):
+            trainer.write_own(client, last, result.folder / "clients" / folder_name(client) / "adapter")

@@ -10,6 +10,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client.data.sources import clients_in
+from client.personal import folder_name
 from client.trainer import Trainer, with_labels
 from client.transport import failure
 from fedtune.errors import FedtuneError
@@ -17,7 +18,7 @@ from fedtune.job import checked_job
 from fedtune.memory import Memory
 from fedtune.messages import from_record, to_record
 
-MEMORY = "clients"  # in the run's folder while it runs
+MEMORY = "clients"  # in the run's folder while it runs; what stays there is the clients' own adapters
 
 app = ClientApp()
 
@@ -30,6 +31,9 @@ class Worker(Trainer):
         self._directory.mkdir(parents=True, exist_ok=True)
         self._memory.pop(client, None)
         return super().memory(client)
+
+    def _own_folder(self, directory: Path, client: str) -> Path:
+        return directory / folder_name(client) / "adapter"
 
 
 @app.query()

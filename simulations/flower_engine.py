@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -37,7 +36,15 @@ def run_with_flower(job: Job, folder: Path, watcher: Watcher) -> None:
     with tempfile.TemporaryDirectory(prefix="ft") as home, FlowerProcesses(Path(home), ray_environment(home)) as flower:
         flower.superlink("--simulation")
         run_through(flower, job, folder, "simulations.flower_client:app", watcher, "--federation-config", federation(job))
-    shutil.rmtree(folder / MEMORY, ignore_errors=True)
+    forget(folder / MEMORY)
+
+
+def forget(clients: Path) -> None:
+    """Take the clients' memories away; their own adapters, where the method is personal, stay."""
+    for memory in clients.glob("memory-*"):
+        memory.unlink()
+    if clients.is_dir() and not any(clients.iterdir()):
+        clients.rmdir()
 
 
 def training_examples(job: Job, sources: dict[str, Source]) -> dict[str, int]:

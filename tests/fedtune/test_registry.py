@@ -101,7 +101,7 @@ def test_two_plugins_of_one_file_name_do_not_mix(plugin: Callable[..., Path], tm
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("fedavgg", "unknown strategy 'fedavgg', did you mean 'fedavg'?; known are fedavg, "),
+        ("fedavgg", "unknown strategy 'fedavgg', did you mean 'fedavg'?; known are " + ", ".join(known())),
         ("", "unknown strategy ''; known are"),
         ("/nowhere/mine.py:Mine", "there is no file /nowhere/mine.py; wanted 'file.py:Class' or 'package.module:Class'"),
         ("no_such_package.mine:Mine", "No module named 'no_such_package'"),

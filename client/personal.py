@@ -1,0 +1,45 @@
+"""A client's own adapter, as a PEFT folder: what a personal method leaves with each client, beside what is published."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from fedtune import __version__
+from fedtune.adapter import Adapter
+from fedtune.base import Blueprint
+from fedtune.job import Job
+from fedtune.peft_folder import write_adapter
+from fedtune.strategy import Strategy
+
+LONGEST_NAME = 100  # of a folder; a client's own name may be any text
+
+
+def write_own(folder: Path, adapter: Adapter, job: Job, plan: Blueprint, strategy: Strategy, client: str, round: int) -> None:
+    """Write the adapter that `strategy.use` loaded for this client, as it was after this round."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write_adapter(folder, adapter, job, plan, _provenance(adapter, job, strategy, client, round))
+
+
+def folder_name(client: str) -> str:
+    """A name that no client can lead out of the folder with, and no two clients share."""
+    name = quote(client, safe=" ") or "%"
+    if name.startswith("."):
+        name = f"%2E{name[1:]}"
+    return name if len(name) <= LONGEST_NAME else hashlib.sha256(client.encode()).hexdigest()
+
+
+def _provenance(adapter: Adapter, job: Job, strategy: Strategy, client: str, round: int) -> dict[str, Any]:
+    return {
+        "fedtune": __version__,
+        "base": adapter.base,
+        "base_path": job.model.path,
+        "client": client,
+        "strategy": {"name": job.strategy.name, **asdict(strategy)},  # type: ignore[call-overload]
+        "round": round,
+        "rounds": job.rounds.count,
+        "seed": job.seed,
+    }
