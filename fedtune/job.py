@@ -22,7 +22,7 @@ from fedtune.job_sections import AdapterSettings, Clients, Data, Machine, Model,
 from fedtune.registry import strategy_from
 from fedtune.strategy import Strategy
 
-__all__ = ["Clients", "Data", "Job", "Model", "Rounds", "StrategySettings", "Train", "checked_job", "known_keys", "load_job"]
+__all__ = ["Clients", "Data", "Job", "Model", "Rounds", "StrategySettings", "Train", "checked_job", "known_keys", "load_job", "set_key"]
 
 
 class Job(Section):
@@ -82,7 +82,7 @@ def load_job(path: Path, overrides: Iterable[str] = ()) -> Job:
     except tomllib.TOMLDecodeError as error:
         raise JobError(f"{path} is not TOML: {error}") from error
     for override in overrides:
-        _set(given, override)
+        set_key(given, override)
     return checked_job(given, str(path))
 
 
@@ -107,8 +107,8 @@ def known_keys(model: type[BaseModel] = Job, prefix: str = "") -> dict[str, str]
     return keys
 
 
-def _set(given: dict[str, Any], override: str) -> None:
-    """Put one `key=value` in place; the value is TOML, or a bare word."""
+def set_key(given: dict[str, Any], override: str) -> None:
+    """Put one `key=value` of `--set` in place; the value is TOML, or a bare word. Raises JobError."""
     key, equals, value = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):

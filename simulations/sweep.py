@@ -16,7 +16,7 @@ from typing import Any
 
 from client.data.sources import clients_in
 from fedtune.errors import JobError, RunFolderError, StrategyError, nearest
-from fedtune.job import Job, checked_job, load_job
+from fedtune.job import Job, checked_job, load_job, set_key
 from fedtune.registry import known
 
 Settings = Mapping[str, Any]
@@ -88,15 +88,10 @@ def merged(below: Settings, above: Settings) -> dict[str, Any]:
 
 
 def nested(override: str) -> dict[str, Any]:
-    """`train.lr=1e-3` as settings; the value is TOML, or a bare word. That it is well-formed, `load_job` has checked."""
-    key, _, text = override.partition("=")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    for part in reversed(key.strip().split(".")):
-        value = {part: value}
-    return dict(value)
+    """`train.lr=1e-3` as settings."""
+    given: dict[str, Any] = {}
+    set_key(given, override)
+    return given
 
 
 def stored(job: Job) -> dict[str, Any]:
