@@ -9,11 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from client.data.sources import clients_in
 from client.trainer import Trainer
+from fedtune.base import blueprint
 from fedtune.job import Job
 from fedtune.peft_folder import read_adapter
+from fedtune.strategy import Ask
+from fedtune.wire import pack_ask, unpack_answer
 from server.watchers import Quiet
 from simulations.engine import simulate
+from simulations.flower_client import Worker
 from simulations.flower_engine import forget
 
 MakeJob = Callable[..., Job]
@@ -57,6 +62,17 @@ def test_a_client_that_was_never_drawn_has_the_shared_part(make_job: MakeJob, tm
     for client in CLIENTS:
         own = read_adapter(tmp_path / "run" / "clients" / client / "adapter")
         assert any(pair.B.any() for pair in own.lora.values()) == (client in trained)
+
+
+def test_a_worker_of_many_clients_writes_each_into_a_folder_of_its_own(make_job: MakeJob, tmp_path: Path) -> None:
+    """The other engine: any worker answers for any client, and all share one directory."""
+    job = make_job("strategy.name=fedsa_lora")
+    worker = Worker(job, clients_in(job.data, job.clients), tmp_path)
+    payload = worker.strategy.broadcast(worker.strategy.start(blueprint(job).adapter))
+    for client in ("ann", "bob"):
+        header = {"ask": "1.e", "run": "tiny", "round": 1, "base": worker.resident.base}
+        unpack_answer(worker.answer(pack_ask(Ask("evaluate", payload), "", header), client))
+    assert sorted(path.parent.name for path in tmp_path.rglob("adapter")) == ["ann", "bob"]
 
 
 def test_forgetting_leaves_the_clients_own_adapters(tmp_path: Path) -> None:
