@@ -22,7 +22,8 @@ from fedtune.job_sections import AdapterSettings, Clients, Data, Machine, Model,
 from fedtune.registry import strategy_from
 from fedtune.strategy import Strategy
 
-__all__ = ["Clients", "Data", "Job", "Model", "Rounds", "StrategySettings", "Train", "checked_job", "known_keys", "load_job", "set_key"]
+__all__ = ["Clients", "Data", "Job", "Model", "Rounds", "StrategySettings", "Train", "checked_job", "known_keys", "load_job"]
+__all__ += ["set_key"]
 
 
 class Job(Section):

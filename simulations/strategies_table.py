@@ -20,7 +20,8 @@ from simulations.traffic import traffic
 ABILITIES = {"exact": "exact", "mixed_ranks": "mixed ranks", "secure_sum": "secure sum", "personal": "personal models"}
 CAPTION = (
     "numbers that cross per client and round of training, summed over modules: r rank, (d, k) shape of the module, "
-    "R rank of what has accumulated, h size of the whole parameters; exact: publishes the weighted mean of the clients' products"
+    "R rank of what has accumulated, h size of the whole parameters; exact: what is published is the weighted mean of the "
+    "clients' products"
 )
 
 
