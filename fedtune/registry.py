@@ -27,6 +27,7 @@ BUILT_IN = {
     "fedsvd": "strategies.fedsvd:FedSVD",
     "ffa_lora": "strategies.ffa_lora:FfaLora",
     "flora": "strategies.flora:FLoRA",
+    "flower": "strategies.flower:Flower",
     "lora_fair": "strategies.lora_fair:LoraFair",
     "rolora": "strategies.rolora:RoLoRA",
     "scaffold": "strategies.scaffold:Scaffold",
@@ -58,7 +59,7 @@ def strategy_class(name: str) -> type[Strategy]:
     if not module:
         names = ", ".join(known())
         raise StrategyError(f"unknown strategy '{name}'{nearest(name, known())}; known are {names}, or 'file.py:Class'")
-    found = getattr(_module(module, name), attribute, None)
+    found = getattr(module_of(module, name), attribute, None)
     if not (isinstance(found, type) and issubclass(found, Strategy)):
         raise StrategyError(f"'{name}' was given, but '{attribute}' in it is no subclass of fedtune.strategy.Strategy")
     return found
@@ -82,7 +83,8 @@ def strategy_from(name: str, settings: Mapping[str, Any]) -> Strategy:
         raise StrategyError(f"strategy '{name}', setting '{where}': {first['msg']}, given {first['input']!r}") from error
 
 
-def _module(reference: str, name: str) -> ModuleType:
+def module_of(reference: str, name: str) -> ModuleType:
+    """What stands before the colon of `package.module:Class` or `file.py:Class`. Raises StrategyError, which says `name`."""
     is_file = reference.endswith(".py") or "/" in reference
     try:
         return _module_of_file(Path(reference)) if is_file else importlib.import_module(reference)
