@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedtune.adapter import Adapter, Factors
+from fedtune.strategy import Penalty
 from fedtune.testing import SHAPES, QuadraticModel, product
 
 HEAD = "head.weight"
@@ -24,7 +25,7 @@ class Drifter(QuadraticModel):
     drift: float = 1.0
     began: dict[str, Tensor] = field(default_factory=dict)  # each weight before training, (d, k)
 
-    def fit(self) -> Mapping[str, float]:
+    def fit(self, penalty: Penalty | None = None) -> Mapping[str, float]:
         self.began = self.weights()
         draw = torch.Generator().manual_seed(self.seed)
 
@@ -36,7 +37,7 @@ class Drifter(QuadraticModel):
         dense = {name: moved(tensor, "dense") for name, tensor in self._slot.dense.items()}
         self._slot = replace(self._slot, lora=lora, dense=dense)
         self._cores = {path: moved(core, "core") for path, core in self._cores.items()}
-        return {"loss": 0.0}
+        return {"loss": 0.0, "steps": 1.0, "examples": 1.0, "lr_sum": 1.0}
 
     def gradient(self, batches: int = 1) -> Adapter:
         """As of any client, towards targets that are drawn where none were given."""

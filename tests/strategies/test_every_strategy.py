@@ -141,11 +141,12 @@ def test_what_crosses_is_what_the_formula_says(name: str) -> None:
     state, memories = strategy.start(adapter(3, shapes=SHAPES)), dict[str, Memory]()
     for _ in range(2):
         state = play_round(strategy, state, clients, memories)
-    known_names = {"r": 3, "h": 0, "odd": True, "min": min, "max": max, "R": max(state.adapter.ranks.values())}
+    known_names = {"r": 3, "odd": True, "min": min, "max": max, "R": max(state.adapter.ranks.values())}
     up, down = crossing(strategy, state, clients, memories)
     for crossed, formula in ((up, strategy.up), (down, strategy.down)):
-        per_module = [eval(formula, {**known_names, "d": d, "k": k}) for d, k in SHAPES.values()]
-        assert crossed == sum(per_module) + (8 if "h" in formula.split() else 0), formula
+        count = lambda d, k, h: eval(formula, {**known_names, "d": d, "k": k, "h": h})  # noqa: B023, E731
+        heads = count(1, 1, 8) - count(1, 1, 0)  # 2 classes x 4
+        assert crossed == sum(count(d, k, 0) for d, k in SHAPES.values()) + heads, formula
 
 
 def crossing(
