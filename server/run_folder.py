@@ -1,6 +1,6 @@
 """The folder of a run: what the job was, what happened, and an adapter per finished round that stock PEFT loads.
 
-job.toml   metrics.jsonl   events/   comparison.json   report.html
+job.toml   metrics.jsonl   events/   comparison.json   report.html   clients/ (own adapters, where a method gives each its own)
 rounds/0007/adapter/   adapter -> rounds/0007/adapter   spool/ (while a round is open)
 """
 
