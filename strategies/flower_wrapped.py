@@ -1,6 +1,6 @@
 """One instance of a Flower strategy class: made by name, its memory taken out and put back, its aggregation called.
 
-This file and its memory are all in strategies/ that knows Flower.
+In strategies/ only this file and flower_memory.py know Flower.
 """
 
 from __future__ import annotations

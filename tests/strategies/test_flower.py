@@ -268,6 +268,14 @@ class Counting(FedAvg):
             self.kept = {"words": str(server_round)}
         return arrays, metrics
 
+class InPlace(FedAvg):
+    total = None
+
+    def aggregate_train(self, server_round, replies):
+        self.total = np.zeros(2) if self.total is None else self.total
+        self.total += server_round
+        return super().aggregate_train(server_round, replies)
+
 class Losing(FedAvg):
     def aggregate_train(self, server_round, replies):
         return ArrayRecord({"w": Array(np.zeros(1))}), None
@@ -290,6 +298,14 @@ def test_ones_own_class_is_remembered(own: str) -> None:
     assert state.scalars == {"rounds:int": 3.0, "round": 3.0}
     assert [state.tensors[f"seen:list:{i}:{i}"].item() for i in range(3)] == [1.0, 2.0, 3.0]
     assert torch.equal(state.tensors[f"record:record:0:{HEAD}"], state.adapter.dense[HEAD])
+
+
+def test_a_class_that_writes_into_its_arrays_leaves_the_last_state_as_it_was(own: str) -> None:
+    strategy, clients = Flower(f"{own}:InPlace"), drifters(3)
+    state = played(strategy, clients)
+    after = play_round(strategy, state, clients)
+    assert state.tensors["total:array:0:"].tolist() == [1.0, 1.0]
+    assert after.tensors["total:array:0:"].tolist() == [3.0, 3.0]
 
 
 def test_what_no_checkpoint_can_hold_is_refused(own: str) -> None:
