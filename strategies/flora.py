@@ -28,9 +28,9 @@ from fedtune.memory import Memory
 from fedtune.payload import Payload, Role, adapter_of, payload_of
 from fedtune.seeds import lora_a
 from fedtune.strategy import Answer, Answers, Ask, ClientInfo, Fold, LocalModel, ServerState, Strategy
+from strategies import whole_matrix
 
 ROW_NORM = 3**-0.5  # of A's rows as PEFT draws them: k entries of variance 1/(3k)
-REST = "rest"  # name of the whole matrix (d, k) that travels in place of factors
 
 
 @dataclass(frozen=True)
@@ -85,22 +85,13 @@ class FLoRA(Strategy):
         return self._sent(state.adapter, ())
 
     def received(self, payload: Payload) -> Adapter:
-        adapter = adapter_of(payload)
-        rests = {path: adapter.dense[f"{path}.{REST}"] for path in adapter.lora if f"{path}.{REST}" in adapter.dense}
-        pairs = {path: lora.joined(adapter.lora[path], lora.of_matrix(rest)) for path, rest in rests.items()}
-        dense = {name: tensor for name, tensor in adapter.dense.items() if name.removesuffix(f".{REST}") not in rests}
-        return Adapter({**adapter.lora, **pairs}, dense)
+        return whole_matrix.received(payload)
 
     def _sent(self, adapter: Adapter, cohort: Sequence[ClientInfo]) -> Payload:
         """M as factors; beyond the directions that somebody trains on from, as a whole matrix where that is smaller."""
-        heads, rests = {}, {}
-        for path, pair in adapter.lora.items():
-            warm = [client.rank_of(path) for client in cohort] if self.start_from == "warm" else []
-            head, (d, k) = max(warm, default=0), pair.shape
-            if (pair.rank - head) * (d + k) > d * k:
-                rest = lora.rest(pair, head)
-                heads[path], rests[f"{path}.{REST}"] = lora.first(pair, head), rest.scale * rest.B @ rest.A
-        return payload_of(Adapter({**adapter.lora, **heads}, {**adapter.dense, **rests}))
+        trained = cohort if self.start_from == "warm" else ()
+        heads = {path: max((client.rank_of(path) for client in trained), default=0) for path in adapter.lora}
+        return whole_matrix.sent(adapter, heads)
 
     def _not_retrained(
         self, path: str, pair: Factors, clients: Mapping[str, ClientInfo], shares: Mapping[str, float]

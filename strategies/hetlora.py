@@ -1,0 +1,145 @@
+"""HetLoRA (Cho et al., EMNLP 2024, arXiv 2401.06432): factors of unequal ranks are averaged row by row.
+
+    server: A[j] = sum_i w_i A_i[j] / sum_i w_i over the clients whose rank is above j, B likewise by columns
+            w_i = |s_i B_i A_i|_F / sum_l |s_l B_l A_l|_F, the norm taken over all modules of a client together
+    client: takes the first r_i rows and columns, and trains them
+
+The paper pads with zeros and divides by the whole weight, so rows that few clients own shrink each round; here a row is divided
+by the weight of its owners, and keeps its value where none of them took part. Scales are folded in, half into each factor,
+so clients may differ in alpha. Heads are averaged by examples.
+
+Self-pruning (`prune` above 0): `prune * sum |B[:, q:]| |A[q:, :]|`, q = floor(gamma r), is added to the loss; a client
+whose tail has less of that after training than before goes on with its first q directions, and from then on sends and gets
+only these. The server forgets what no client has any more.
+
+A and B are averaged separately, with weights that need not be those of the examples: the distance of the result from
+`sum_i p_i s_i B_i A_i`, p_i by examples, is the `aggregation_error`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fedtune import lora
+from fedtune.adapter import Adapter, Factors
+from fedtune.aggregation import aggregation_error, exact_mean, owner_mean
+from fedtune.errors import StrategyError
+from fedtune.memory import Memory
+from fedtune.payload import Payload, Role, adapter_of, payload_of
+from fedtune.strategy import Answer, Answers, Ask, ClientInfo, Fold, LocalModel, ServerState, Strategy
+from strategies.nested import balanced, grown
+
+Updates = Mapping[str, Mapping[str, Factors]]  # client -> path -> pair
+
+
+@dataclass(frozen=True)
+class HetLoRA(Strategy):
+    """HetLoRA: factors of unequal ranks averaged over their owners, larger updates weighing more; ranks can shrink."""
+
+    name: ClassVar[str] = "hetlora"
+    paper: ClassVar[str] = "Cho et al., EMNLP 2024, arXiv 2401.06432"
+    up: ClassVar[str] = "r*(d + k) + h"
+    down: ClassVar[str] = "r*(d + k) + h"
+    mixed_ranks: ClassVar[bool] = True
+    weights: Literal["sparsity", "examples", "both"] = "sparsity"  # both: the product of the two
+    prune: float = 0.0  # how strongly the tail is held down; 0 never prunes
+    gamma: float = 0.85  # share of the rank that pruning leaves
+    seed: int = 0  # of the rows of A that start
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.prune) and self.prune >= 0):
+            raise StrategyError(f"strategy 'hetlora' needs prune of at least 0, given {self.prune}")
+        if not 0 < self.gamma < 1:
+            raise StrategyError(f"strategy 'hetlora' needs gamma between 0 and 1, given {self.gamma}")
+
+    # server half
+
+    def start(self, adapter: Adapter) -> ServerState:
+        return ServerState(replace(adapter, lora={path: lora.first(pair, 0) for path, pair in adapter.lora.items()}))
+
+    def round(self, state: ServerState, cohort: Sequence[ClientInfo]) -> Generator[Ask, Answers, ServerState]:
+        ranks = {client.id: {path: rank_now(state, client, path) for path in state.adapter.lora} for client in cohort}
+        padded = {path: self._padded(path, pair, ranks) for path, pair in state.adapter.lora.items()}
+        sent = {id: truncated(replace(state.adapter, lora=padded), ranks[id]) for id in ranks}
+        answers = yield Ask("train", fold=Fold.EACH, per_client=sent)
+        updates = {id: adapter_of(answer.payload).lora for id, _, answer in answers}
+        say = self._weights(updates, answers.weights)
+        mean = {path: owner_mean(((say[id], updates[id][path]) for id in say), pair) for path, pair in padded.items()}
+        known = {**state.scalars, **ranks_of(updates)} if self.prune else {}
+        owned = {path: lora.first(pair, largest(known, path, pair.rank)) for path, pair in mean.items()}
+        dense = {**state.adapter.dense, **answers.mean([Role.DENSE]).tensors}
+        metrics = aggregation_error(exact_mean(answers), owned)
+        return ServerState(replace(state.adapter, lora=owned, dense=dense), scalars=known, metrics=metrics)
+
+    def _padded(self, path: str, pair: Factors, ranks: Mapping[str, Mapping[str, int]]) -> Factors:
+        """At the largest rank of the cohort, or its own."""
+        return grown(pair, max((own[path] for own in ranks.values()), default=0), path, self.seed)
+
+    def _weights(self, updates: Updates, shares: Mapping[str, float]) -> Mapping[str, float]:
+        """Each client's say, summing to 1; that of the examples where no client has learnt anything."""
+        if self.weights == "examples":
+            return shares
+        norms = {id: math.hypot(*map(lora.product_norm, pairs.values())) for id, pairs in updates.items()}
+        say = {id: norm * (shares[id] if self.weights == "both" else 1.0) for id, norm in norms.items()}
+        total = sum(say.values())
+        return {id: value / total for id, value in say.items()} if total > 0 else shares
+
+    # client half
+
+    def answer(self, ask: Ask, local: LocalModel, memory: Memory) -> Answer:
+        given = self.received(ask.payload)
+        slots = {path: balanced(lora.first(m, _kept(memory, path, m)), local.scale_of(path)) for path, m in given.lora.items()}
+        start = replace(given, lora=slots)
+        local.load(start)
+        metrics = local.fit(self._penalty if self.prune else None)
+        trained = local.adapter()
+        if self.prune and self.tail(trained) < self.tail(start):
+            trained = self._pruned(trained, memory)
+        return Answer(payload_of(trained), local.examples, metrics)
+
+    def tail(self, adapter: Adapter) -> Tensor:
+        """`sum |B[:, q:]| |A[q:, :]|` over the modules."""
+        rests = [lora.rest(pair, self._left(pair.rank)) for pair in adapter.lora.values()]
+        return torch.stack([torch.linalg.vector_norm(rest.B) * torch.linalg.vector_norm(rest.A) for rest in rests]).sum()
+
+    def _penalty(self, live: Adapter) -> Tensor:
+        return self.prune * self.tail(live)
+
+    def _left(self, rank: int) -> int:
+        """q: what pruning leaves of a rank."""
+        return max(1, math.floor(self.gamma * rank))
+
+    def _pruned(self, trained: Adapter, memory: Memory) -> Adapter:
+        for path, rank in trained.ranks.items():
+            memory[f"{path}.rank"] = torch.tensor(self._left(rank))
+        return replace(trained, lora={path: lora.first(m, self._left(m.rank)) for path, m in trained.lora.items()})
+
+
+def _kept(memory: Memory, path: str, given: Factors) -> int:
+    """The rank that this client has left, should the server not know of it yet."""
+    return int(memory[f"{path}.rank"]) if f"{path}.rank" in memory else given.rank
+
+
+def truncated(adapter: Adapter, ranks: Mapping[str, int]) -> Payload:
+    return payload_of(replace(adapter, lora={path: lora.first(m, ranks[path]) for path, m in adapter.lora.items()}))
+
+
+# ranks that shrink: `<path>.rank.<client>` in the scalars of the state, as of each client's last answer
+
+
+def ranks_of(updates: Updates) -> dict[str, float]:
+    return {f"{path}.rank.{id}": float(m.rank) for id, pairs in updates.items() for path, m in pairs.items()}
+
+
+def rank_now(state: ServerState, client: ClientInfo, path: str) -> int:
+    return int(state.scalars.get(f"{path}.rank.{client.id}", client.rank_of(path)))
+
+
+def largest(known: Mapping[str, float], path: str, otherwise: int) -> int:
+    return int(max((rank for name, rank in known.items() if name.startswith(f"{path}.rank.")), default=otherwise))
