@@ -17,11 +17,16 @@ import pytest
 from typer.testing import CliRunner
 
 from fedtune.job import load_job
-from simulations.commands import Engine, app
+from simulations.commands import SCENARIOS, Engine, app
+from simulations.sweep import plan
 
 ROOT = Path(__file__).parents[2]
 # docs/write-a-strategy.md has a test of its own.
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/decisions.md", "docs/job.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{name}.md" for name in ("architecture", "decisions", "job", "choosing-a-strategy")),
+)
 SMALL = ("rounds.count=1", "train.steps=1", "clients.count=2", "data.max_held_out=2", "data.max_length=32", "compare=false")
 OFFLINE = ("model.path=builtin:stdlib",)
 ROWS = '{"prompt": "Summarise: the cat sat.", "completion": " A cat."}\n' * 4
@@ -49,6 +54,13 @@ def simulate(*words: str, out: str) -> None:
     fedtune("simulate", *words, *small, "--out", out)
 
 
+def load_fleet(folder: Path, text: str) -> None:
+    """The README's fleet: north affords twice the rank and alpha, and so the same scale."""
+    (folder / "fleet.toml").write_text(text, encoding="utf-8")
+    job = load_job(folder / "fleet.toml", ["strategy=flora"])
+    assert [(job.rank_of(client), job.alpha_of(client)) for client in ("north", "south", "else")] == [(16, 32), (4, 8), (8, 16)]
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder that the README's reader is in: the data and job of its example, and the runs that it speaks of."""
@@ -56,7 +68,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "notes").mkdir()
     for client in ("north", "south"):
         (folder / "notes" / f"{client}.jsonl").write_text(ROWS, encoding="utf-8")
-    [job] = blocks("README.md", "toml")
+    job, fleet = blocks("README.md", "toml")
+    load_fleet(folder, fleet)
     (folder / "notes.toml").write_text(job, encoding="utf-8")
     (folder / "path/to").mkdir(parents=True)
     (folder / "path/to/my_method.py").write_text(METHOD, encoding="utf-8")
@@ -76,6 +89,10 @@ def test_command(command: str, workspace: Path, tmp_path: Path) -> None:
         case ["fedtune", "simulate", *words]:
             simulate(*words, out=str(tmp_path / "run"))
             assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+        case ["fedtune", "compare", scenario, *words]:  # played by test_sweep.py
+            names = words[words.index("--strategies") + 1].split(",") if "--strategies" in words else []
+            planned = plan(SCENARIOS / f"{scenario}.toml", names, 1, [], tmp_path)
+            assert not planned.impossible
         case ["fedtune", *words]:
             assert fedtune(*words)
         case ["make", *words]:
