@@ -110,6 +110,7 @@ def test_a_client_begins_at_its_own_rows_of_what_is_published() -> None:
         for path, pair in state.adapter.lora.items():
             cut = Factors(pair.A[: client.rank], pair.B[:, : client.rank], pair.scale)
             assert relative(client.began[path], product(cut)) < 1e-6
+            assert client.trained.lora[path].scale == client.scale
 
 
 def test_rows_that_no_one_trained_this_round_are_kept() -> None:
