@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -44,19 +44,26 @@ def _ratio(missed: float, wanted: float) -> float:
     return missed / wanted if wanted > 0 else missed
 
 
-def owner_mean(pairs: Iterable[tuple[float, Factors]], otherwise: Factors) -> Factors:
+class OwnerMean:
     """The weighted mean of A and of B, where row j of A and column j of B are averaged over the pairs that have them (rank
     above j), with their weights renormalised. What nobody owns, or only with weight 0, is that of `otherwise`, whose rank
     and scale the result has. Each pair's own scale is folded in, half into each factor."""
-    r, (d, k) = otherwise.rank, otherwise.shape
-    A, B, owned = (torch.zeros(*shape, dtype=torch.float64) for shape in ((r, k), (d, r), (r,)))
-    for weight, pair in pairs:
-        q, half = min(pair.rank, r), math.sqrt(pair.scale / otherwise.scale)
-        A[:q].add_(pair.A[:q].double(), alpha=weight * half)
-        B[:, :q].add_(pair.B[:, :q].double(), alpha=weight * half)
-        owned[:q] += weight
-    has_owner = owned > 0
-    share = torch.where(has_owner, owned, 1.0)
-    A = torch.where(has_owner[:, None], A / share[:, None], otherwise.A.double())
-    B = torch.where(has_owner, B / share, otherwise.B.double())
-    return Factors(A.float(), B.float(), otherwise.scale)
+
+    def __init__(self, otherwise: Factors) -> None:
+        (d, k), r = otherwise.shape, otherwise.rank
+        self._otherwise = otherwise
+        self._A, self._B = torch.zeros(r, k, dtype=torch.float64), torch.zeros(d, r, dtype=torch.float64)
+        self._owned = torch.zeros(r, dtype=torch.float64)  # the weight of those who have direction j
+
+    def add(self, pair: Factors, weight: float) -> None:
+        q, half = min(pair.rank, len(self._owned)), math.sqrt(pair.scale / self._otherwise.scale)
+        self._A[:q].add_(pair.A[:q].double(), alpha=weight * half)
+        self._B[:, :q].add_(pair.B[:, :q].double(), alpha=weight * half)
+        self._owned[:q] += weight
+
+    def pair(self) -> Factors:
+        has_owner, known = self._owned > 0, self._otherwise
+        share = torch.where(has_owner, self._owned, 1.0)
+        A = torch.where(has_owner[:, None], self._A / share[:, None], known.A.double())
+        B = torch.where(has_owner, self._B / share, known.B.double())
+        return Factors(A.float(), B.float(), known.scale)

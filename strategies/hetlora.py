@@ -28,14 +28,12 @@ from torch import Tensor
 
 from fedtune import lora
 from fedtune.adapter import Adapter, Factors
-from fedtune.aggregation import aggregation_error, exact_mean, owner_mean
+from fedtune.aggregation import OwnerMean, aggregation_error, exact_mean
 from fedtune.errors import StrategyError
 from fedtune.memory import Memory
 from fedtune.payload import Payload, Role, adapter_of, payload_of
 from fedtune.strategy import Answer, Answers, Ask, ClientInfo, Fold, LocalModel, ServerState, Strategy
 from strategies.nested import balanced, grown
-
-Updates = Mapping[str, Mapping[str, Factors]]  # client -> path -> pair
 
 
 @dataclass(frozen=True)
@@ -68,10 +66,12 @@ class HetLoRA(Strategy):
         padded = {path: self._padded(path, pair, ranks) for path, pair in state.adapter.lora.items()}
         sent = {id: truncated(replace(state.adapter, lora=padded), ranks[id]) for id in ranks}
         answers = yield Ask("train", fold=Fold.EACH, per_client=sent)
-        updates = {id: adapter_of(answer.payload).lora for id, _, answer in answers}
-        say = self._weights(updates, answers.weights)
-        mean = {path: owner_mean(((say[id], updates[id][path]) for id in say), pair) for path, pair in padded.items()}
-        known = {**state.scalars, **ranks_of(updates)} if self.prune else {}
+        say, known = self._weights(answers), {**state.scalars, **ranks_of(answers)} if self.prune else {}
+        means = {path: OwnerMean(pair) for path, pair in padded.items()}
+        for id, _, answer in answers:
+            for path, pair in adapter_of(answer.payload).lora.items():
+                means[path].add(pair, say[id])
+        mean = {path: total.pair() for path, total in means.items()}
         owned = {path: lora.first(pair, largest(known, path, pair.rank)) for path, pair in mean.items()}
         dense = {**state.adapter.dense, **answers.mean([Role.DENSE]).tensors}
         metrics = aggregation_error(exact_mean(answers), owned)
@@ -81,14 +81,13 @@ class HetLoRA(Strategy):
         """At the largest rank of the cohort, or its own."""
         return grown(pair, max((own[path] for own in ranks.values()), default=0), path, self.seed)
 
-    def _weights(self, updates: Updates, shares: Mapping[str, float]) -> Mapping[str, float]:
+    def _weights(self, answers: Answers) -> Mapping[str, float]:
         """Each client's say, summing to 1; that of the examples where no client has learnt anything."""
         if self.weights == "examples":
-            return shares
-        norms = {id: math.hypot(*map(lora.product_norm, pairs.values())) for id, pairs in updates.items()}
-        say = {id: norm * (shares[id] if self.weights == "both" else 1.0) for id, norm in norms.items()}
+            return answers.weights
+        say = {id: update_norm(answer) * (share if self.weights == "both" else 1.0) for id, share, answer in answers}
         total = sum(say.values())
-        return {id: value / total for id, value in say.items()} if total > 0 else shares
+        return {id: value / total for id, value in say.items()} if total > 0 else answers.weights
 
     # client half
 
@@ -126,6 +125,11 @@ def _kept(memory: Memory, path: str, given: Factors) -> int:
     return int(memory[f"{path}.rank"]) if f"{path}.rank" in memory else given.rank
 
 
+def update_norm(answer: Answer) -> float:
+    """`|s B A|_F` over all modules together."""
+    return math.hypot(*map(lora.product_norm, adapter_of(answer.payload).lora.values()))
+
+
 def truncated(adapter: Adapter, ranks: Mapping[str, int]) -> Payload:
     return payload_of(replace(adapter, lora={path: lora.first(m, ranks[path]) for path, m in adapter.lora.items()}))
 
@@ -133,8 +137,9 @@ def truncated(adapter: Adapter, ranks: Mapping[str, int]) -> Payload:
 # ranks that shrink: `<path>.rank.<client>` in the scalars of the state, as of each client's last answer
 
 
-def ranks_of(updates: Updates) -> dict[str, float]:
-    return {f"{path}.rank.{id}": float(m.rank) for id, pairs in updates.items() for path, m in pairs.items()}
+def ranks_of(answers: Answers) -> dict[str, float]:
+    ranks = ((id, path, pair.rank) for id, _, answer in answers for path, pair in adapter_of(answer.payload).lora.items())
+    return {f"{path}.rank.{id}": float(rank) for id, path, rank in ranks}
 
 
 def rank_now(state: ServerState, client: ClientInfo, path: str) -> int:
