@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -192,3 +194,48 @@ def test_merged_rounds_once() -> None:
     assert merged.item() == 1 + 2.0**-6
     assert lora.merged(weight, [small]).item() == 1.0
     assert weight.item() == 1.0
+
+
+# what grows, and what stands for a whole matrix
+
+
+def test_a_stack_is_the_sum_however_much_is_put_on_it() -> None:
+    """20 pairs of rank 3 on a 6 x 4 matrix, weights 1 to 20: the dense sum, with at most 4 directions."""
+    pairs = [pair(6, 4, 3, seed=seed) for seed in range(20)]
+    stack = lora.Stack()
+    for weight, one in enumerate(pairs, 1):
+        stack.add(one, weight)
+    wanted = sum((weight * product(one) for weight, one in enumerate(pairs, 1)), torch.zeros(()))
+    assert stack.pair().rank <= 4
+    torch.testing.assert_close(product(stack.pair()), wanted, rtol=1e-10, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4)])
+def test_a_matrix_is_a_pair_beside_an_identity(shape: tuple[int, int]) -> None:
+    matrix = torch.arange(float(math.prod(shape))).reshape(shape)
+    one = lora.of_matrix(matrix)
+    assert one.rank == min(shape)
+    assert torch.equal(product(one).float(), matrix)
+
+
+def test_joined_adds_products_and_keeps_the_first_in_front() -> None:
+    one, other = pair(6, 4, 2, seed=1), pair(6, 4, 3, seed=2)
+    both = lora.joined(one, other)
+    torch.testing.assert_close(product(both), product(one) + product(other))
+    torch.testing.assert_close(product(lora.first(both, 2)), product(one))
+
+
+@pytest.mark.parametrize(("energy", "rank"), [(0.5, 1), (0.64, 1), (0.65, 2), (0.98, 2), (1.0, 3)])
+def test_energy_keeps_as_few_directions_as_hold_it(energy: float, rank: int) -> None:
+    """Singular values 8, 5.9 and 1: squares 64, 34.81 and 1 of 99.81, so 0.641, 0.990 and 1 accumulate."""
+    Q, _ = torch.linalg.qr(pair(6, 4, 3, seed=3).B.double())
+    whole = Factors(torch.eye(3, 4, dtype=torch.float64), Q * torch.tensor([8.0, 5.9, 1.0], dtype=torch.float64), 1.0)
+    kept, discarded = lora.refactor(whole, 3, energy=energy)
+    assert kept.rank == rank
+    assert discarded == pytest.approx(1 - [64, 98.81, 99.81][rank - 1] / 99.81, abs=1e-9)
+
+
+def test_a_core_goes_into_b() -> None:
+    one, core = pair(6, 4, 2, seed=1), torch.tensor([[0.0, 2.0], [1.0, 0.0]])
+    torch.testing.assert_close(product(lora.with_core(one, core)), one.scale * one.B.double() @ core.double() @ one.A.double())
+    assert lora.with_core(one, None) is one
