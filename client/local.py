@@ -17,25 +17,19 @@ from fedtune.adapter import Adapter
 from fedtune.base import pinned
 from fedtune.job import Job, Train
 from fedtune.seeds import seed_of
-from fedtune.strategy import Penalty
+from fedtune.strategy import Penalty, Ranked
 
 EVALUATION_TOKENS = 4096  # in memory at a time
 
 
-class Local:
+class Local(Ranked):
     """What the client half of a strategy sees. Every draw is seeded by (seed, round, client, purpose)."""
 
     def __init__(self, resident: ResidentModel, data: ClientData, job: Job, client: str, round: int) -> None:
         self.examples = len(data.train)
         self.rank, self.scale = job.rank_of(client), job.scale_of(client)
-        self._pinned = pinned(job, resident.lora, self.rank, self.scale)
+        self.pinned = pinned(job, resident.lora, self.rank, self.scale)
         self._resident, self._data, self._job, self._client, self._round = resident, data, job, client, round
-
-    def rank_of(self, path: str) -> int:
-        return self._pinned.get(path, (self.rank, self.scale))[0]
-
-    def scale_of(self, path: str) -> float:
-        return self._pinned.get(path, (self.rank, self.scale))[1]
 
     def load(
         self,

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fedtune.adapter import Adapter, Factors
 from fedtune.lora import with_core
-from fedtune.strategy import Penalty
+from fedtune.strategy import Penalty, Ranked
 
 
 @dataclass
-class QuadraticModel:
+class QuadraticModel(Ranked):
     """A LocalModel over a base of zeros. Its loss is `1/2 |W - target|^2`, summed over modules and whole parameters, where
     W is `s B A` (`s B R A` with a core) plus what is merged, or the parameter; `fit` takes plain gradient steps."""
 
@@ -25,12 +25,6 @@ class QuadraticModel:
     lr: float = 0.125
     steps: int = 2
     pinned: Mapping[str, tuple[int, float]] = field(default_factory=dict)  # as in ClientInfo
-
-    def rank_of(self, path: str) -> int:
-        return self.pinned.get(path, (self.rank, self.scale))[0]
-
-    def scale_of(self, path: str) -> float:
-        return self.pinned.get(path, (self.rank, self.scale))[1]
 
     def load(
         self,

@@ -37,21 +37,29 @@ class Fold(StrEnum):
     EACH = "each"  # every single one: stacking, median
 
 
-@dataclass(frozen=True)
-class ClientInfo:
-    """What the server knows of a client before it asks: from the client's hello."""
+class Ranked:
+    """Whoever trains most modules with one `rank` and `scale`, and those that the job pins with their own."""
 
-    id: str
-    examples: int
     rank: int
-    scale: float = 1.0  # alpha/r or alpha/sqrt(r), as this client trains
-    pinned: Mapping[str, tuple[int, float]] = field(default_factory=dict)  # modules of another rank and scale, by path
+    scale: float  # alpha/r or alpha/sqrt(r)
+    pinned: Mapping[str, tuple[int, float]]  # path -> (rank, scale)
 
     def rank_of(self, path: str) -> int:
         return self.pinned.get(path, (self.rank, self.scale))[0]
 
     def scale_of(self, path: str) -> float:
         return self.pinned.get(path, (self.rank, self.scale))[1]
+
+
+@dataclass(frozen=True)
+class ClientInfo(Ranked):
+    """What the server knows of a client before it asks: from the client's hello."""
+
+    id: str
+    examples: int
+    rank: int
+    scale: float = 1.0  # alpha/r or alpha/sqrt(r), as this client trains
+    pinned: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

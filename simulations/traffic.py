@@ -17,7 +17,7 @@ from fedtune.folding import FoldedAnswers
 from fedtune.job import Job
 from fedtune.memory import Memory
 from fedtune.seeds import generator
-from fedtune.strategy import Ask, ClientInfo, Penalty, ServerState, Strategy
+from fedtune.strategy import Ask, ClientInfo, Penalty, Ranked, ServerState, Strategy
 from fedtune.wire import pack_answer, pack_ask, unpack_answer, unpack_ask
 
 ROUNDS = 3  # until ranks that accumulate over rounds have grown, and everybody has been met
@@ -25,7 +25,7 @@ CLIENTS = 8  # where the job does not say how many
 
 
 @dataclass
-class Stand:
+class Stand(Ranked):
     """A LocalModel without a model: training moves what may move at random."""
 
     examples: int
@@ -33,12 +33,6 @@ class Stand:
     scale: float
     draw: torch.Generator
     pinned: Mapping[str, tuple[int, float]] = field(default_factory=dict)
-
-    def rank_of(self, path: str) -> int:
-        return self.pinned.get(path, (self.rank, self.scale))[0]
-
-    def scale_of(self, path: str) -> float:
-        return self.pinned.get(path, (self.rank, self.scale))[1]
 
     def load(
         self,
