@@ -37,7 +37,7 @@ class Spread:
     def __str__(self) -> str:
         if math.isnan(self.mean):
             return "diverged"
-        return f"{self.mean:.3f} ± {'-' if self.std is None else format(self.std, '.3f')}"
+        return f"{self.mean:.3f}" if self.std is None else f"{self.mean:.3f} ± {self.std:.3f}"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def cell(variant: str, seed: int = 0, strategy: str = "", **changed: object) -> 
 def test_mean_and_sample_deviation() -> None:
     """Of 1, 2, 6: the mean is 3, the squares of the distances are 4 + 1 + 9 = 14, and sqrt(14 / (3 - 1)) = 2.6458."""
     assert str(Spread.of([1.0, 2.0, 6.0])) == "3.000 ± 2.646"
-    assert str(Spread.of([2.5])) == "2.500 ± -"
+    assert str(Spread.of([2.5])) == "2.500"
     assert str(Spread.of([2.5, math.inf])) == str(Spread.of([math.nan])) == "diverged"
 
 
@@ -62,7 +62,7 @@ def test_seeds_that_failed_are_said_beside_the_others() -> None:
     rows = rows_of(
         [cell("fedavg", 0), Outcome("fedavg", 1, "fedavg", "failed", "no luck"), cell("flora"), cell("flora", 1)], {}
     )
-    assert [row.cells[1] for row in rows] == ["2.000 ± -", "2.000 ± 0.000"]
+    assert [row.cells[1] for row in rows] == ["2.000", "2.000 ± 0.000"]
     assert rows[0].notes == ("1 of 2 seeds, failed: no luck",)
 
 
