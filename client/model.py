@@ -19,7 +19,7 @@ from client.core import cores_of, put_cores
 from client.loading import has_fast_bf16, load_base, load_tokenizer, pick_device
 from fedtune import lora
 from fedtune.adapter import Adapter, Factors
-from fedtune.base import attach, base_hash, dense_parameters, lora_layers, model_folder
+from fedtune.base import attach, base_hash, dense_parameters, lora_layers, model_folder, whole_modules
 from fedtune.job import Job
 
 CORRECTION = "correction"
@@ -39,6 +39,7 @@ class ResidentModel:
         self.peft = attach(job, load_base(job, self.device))
         self.peft.config.use_cache = False
         self.lora: dict[str, LoraLayer] = dict(lora_layers(self.peft))
+        _keep_heads_in_float32(self.peft)
         self.dense: dict[str, nn.Parameter] = dict(dense_parameters(self.peft))
         self.beside = not _mergeable(self.peft, self.lora)
         self._merged: dict[str, Factors] = {}
@@ -58,6 +59,7 @@ class ResidentModel:
         for name, parameter in self.dense.items():
             if name in adapter.dense:
                 parameter.data.copy_(adapter.dense[name])
+            parameter.grad = None  # of a training that broke off
             parameter.requires_grad_("dense" not in frozen)
         put_cores(self.lora, cores or {})
         self._merge({path: pair for path, pair in merged.lora.items() if pair.rank})
@@ -136,6 +138,16 @@ def _mergeable(model: nn.Module, layers: Mapping[str, LoraLayer]) -> bool:
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     weights = [layer.get_base_layer().weight for layer in layers.values()]
     return all(weight.is_floating_point() and uses[id(weight)] == 1 for weight in weights)
+
+
+def _keep_heads_in_float32(peft: PeftModel) -> None:
+    """What trains whole, as the factors do, also on a bf16 base: eight bits would lose most steps of an optimiser."""
+    for _, module in whole_modules(peft):
+        module.modules_to_save["default"].float().register_forward_pre_hook(_in_float32)
+
+
+def _in_float32(_: nn.Module, given: tuple[object, ...]) -> tuple[object, ...]:
+    return tuple(one.float() if isinstance(one, Tensor) and one.is_floating_point() else one for one in given)
 
 
 def _enable_checkpointing(peft: PeftModel) -> None:

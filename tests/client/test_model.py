@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from client.model import ResidentModel
 from fedtune.adapter import Adapter, Factors
 from fedtune.job import Job
+from fedtune.payload import payload_of
 
 IDS = torch.tensor([[1, 40, 70, 90, 200, 30, 2], [1, 9, 8, 7, 6, 5, 2]])  # (2, 7)
 NOTHING, ALL = Adapter(), frozenset()
@@ -204,6 +205,27 @@ def test_the_classification_head_is_swapped_with_the_adapter(make_job: MakeJob, 
     assert torch.equal(resident.adapter().dense["score.weight"], head)
     resident.load(replace(adapter, dense={"score.weight": 2 * head}), NOTHING, ALL)
     torch.testing.assert_close(logits(resident), 2 * first)  # the head is linear and has no bias
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_head_keeps_float32_on_a_bf16_base(autocast: bool, make_job: MakeJob, draw_adapter: Draw) -> None:
+    """bf16 holds 1 and 1 + 1/128, and nothing in between."""
+    resident = ResidentModel(make_job("model.task=classification", "model.labels=3", "model.dtype=bfloat16"))
+    head = torch.full((3, 32), 1 + 2**-12)
+    resident.load(replace(draw_adapter(shapes(resident), 2), dense={"score.weight": head}), NOTHING, ALL)
+    assert torch.equal(resident.adapter().dense["score.weight"], head)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        resident.peft(input_ids=IDS, labels=torch.tensor([0, 2])).loss.backward()
+    assert resident.gradient().dense["score.weight"].any()
+
+
+def test_the_gradients_of_a_training_that_broke_off_are_not_the_next_client_s(make_job: MakeJob, draw_adapter: Draw) -> None:
+    resident = ResidentModel(make_job("model.task=classification", "model.labels=3"))
+    adapter = replace(draw_adapter(shapes(resident), 2), dense={"score.weight": torch.ones(3, 32) / 32})
+    resident.load(adapter, NOTHING, ALL)
+    resident.peft(input_ids=IDS, labels=torch.tensor([0, 2])).loss.backward()  # and no step, no zero_grad
+    resident.load(adapter, NOTHING, ALL)
+    assert not any(tensor.any() for tensor in payload_of(resident.gradient()).tensors.values())
 
 
 def test_a_classifier_s_correction_lies_beside_its_head(make_job: MakeJob, draw_adapter: Draw) -> None:
