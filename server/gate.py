@@ -18,13 +18,15 @@ from fedtune.payload import Role
 from fedtune.strategy import Answer, ClientInfo, Fold
 from fedtune.wire import unpack_answer
 
-Schema = tuple[tuple[str, tuple[int, ...]], ...]  # (name, shape) of each tensor and scalar, by name
+SCALE = ".scale"  # ends the name of a scalar that is the scale of a module
+Schema = tuple[tuple[str, tuple[float, ...]], ...]  # of each tensor its name and shape, of each scale its value; by name
 
 
 def admit(
-    envelope: Envelope, ask_id: str, client: ClientInfo, like: Adapter, max_weight: float, fold: Fold = Fold.SUM
+    envelope: Envelope, ask_id: str, client: ClientInfo, like: Adapter, max_weight: float, lower_rank: bool = False
 ) -> Answer:
-    """The answer, if it may enter. Raises Refused, or ClientFailed with the client's own reason."""
+    """The answer, if it may enter; `lower_rank` says whether a client may send less than the rank that it declared. Raises
+    Refused, or ClientFailed with the client's own reason."""
     header = envelope.header
     if header.get("ask") != ask_id:
         raise Refused(f"it answers ask {header.get('ask')}, wanted {ask_id}")
@@ -37,7 +39,8 @@ def admit(
     if not (math.isfinite(answer.weight) and 0 < answer.weight <= max_weight):
         raise Refused(f"its weight is {answer.weight:g}, wanted more than 0 and at most {max_weight:g}")
     _require_finite(answer)
-    _require_shapes(answer, client, like, fold)
+    _require_shapes(answer, client, like, lower_rank)
+    _require_scales(answer, like)
     return answer
 
 
@@ -58,10 +61,11 @@ def misfits(schemas: Mapping[str, Schema]) -> dict[str, str]:
 
 
 def schema_of(answer: Answer, fold: Fold = Fold.SUM) -> Schema:
-    """What must be the same in all answers: for a sum names and shapes, else names only, since ranks may differ."""
-    summed = fold is not Fold.EACH
-    shapes = {name: tuple(tensor.shape) if summed else () for name, tensor in answer.payload.tensors.items()}
-    return tuple(sorted({**dict.fromkeys(answer.payload.scalars, ()), **shapes}.items()))
+    """What must be the same in all answers: names and, for a sum, shapes and scales too, as factors of one scale are added."""
+    payload, summed = answer.payload, fold is not Fold.EACH
+    shapes = {name: tuple(tensor.shape) if summed else () for name, tensor in payload.tensors.items()}
+    scales = {name: (value,) if summed and name.endswith(SCALE) else () for name, value in payload.scalars.items()}
+    return tuple(sorted({**scales, **shapes}.items()))
 
 
 def _require_finite(answer: Answer) -> None:
@@ -73,14 +77,13 @@ def _require_finite(answer: Answer) -> None:
             raise Refused(f"'{name}' is {value}, wanted a finite number")
 
 
-def _require_shapes(answer: Answer, client: ClientInfo, like: Adapter, fold: Fold) -> None:
-    """Factors and whole parameters must fit the modules that the job adapts, at the rank that the client declared; where
-    each answer is read by itself, a client may have less."""
+def _require_shapes(answer: Answer, client: ClientInfo, like: Adapter, lower_rank: bool) -> None:
+    """Factors and whole parameters must fit the modules that the job adapts, at the rank that the client declared."""
     wanted: dict[str, tuple[Role, tuple[int, ...]]] = {
         name: (Role.DENSE, tuple(tensor.shape)) for name, tensor in like.dense.items()
     }
     for path in like.lora:
-        rank = _rank_sent(answer, path) if fold is Fold.EACH else None
+        rank = _rank_sent(answer, path) if lower_rank else None
         wanted |= factor_shapes(like, path, min(rank or client.rank_of(path), client.rank_of(path)))
     for name, tensor in answer.payload.tensors.items():
         role, shape = answer.payload.roles[name], tuple(tensor.shape)
@@ -91,9 +94,14 @@ def _require_shapes(answer: Answer, client: ClientInfo, like: Adapter, fold: Fol
             raise Refused(f"'{name}' came as {role}, wanted {wanted_role}")
         if shape != wanted_shape:
             raise Refused(f"'{name}' is of shape {shape}, wanted {wanted_shape}")
-    for name in answer.payload.scalars:
-        if name.endswith(".scale") and name.removesuffix(".scale") not in like.lora:
+
+
+def _require_scales(answer: Answer, like: Adapter) -> None:
+    for name, value in answer.payload.scalars.items():
+        if name.endswith(SCALE) and name.removesuffix(SCALE) not in like.lora:
             raise Refused(f"'{name}' is no part of the adapter that the job describes")
+        if name.endswith(SCALE) and value <= 0:
+            raise Refused(f"'{name}' is {value:g}, wanted a scale above 0")
 
 
 def factor_shapes(like: Adapter, path: str, rank: int) -> dict[str, tuple[Role, tuple[int, ...]]]:

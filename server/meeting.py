@@ -27,6 +27,7 @@ def meet(grid: Grid, job: Job, plan: Blueprint) -> tuple[dict[str, ClientInfo], 
     for reply in exchange(grid, dict.fromkeys(grid.get_node_ids(), hello), job.rounds.timeout):
         try:
             info = _introduced(reply, plan.adapter.base)
+            _require_possible(info, job, plan)
             if info.id in clients:
                 raise ClientFailed(f"node {reply.node}: a client named '{info.id}' is already here, names must differ")
         except ClientFailed as reason:
@@ -58,3 +59,12 @@ def _introduced(reply: Reply, base: str) -> ClientInfo:
     if info.examples < 1 or info.rank < 1 or not 0 < info.scale < math.inf:
         raise ClientFailed(f"{info.id}: it says {info}; wanted examples and rank of at least 1, and a scale above 0")
     return info
+
+
+def _require_possible(info: ClientInfo, job: Job, plan: Blueprint) -> None:
+    """Memory on the server and the client's say grow with these numbers, which are only claimed."""
+    most = max(min(pair.shape) for pair in plan.adapter.lora.values())
+    if info.rank > most:
+        raise ClientFailed(f"{info.id}: its rank is more than {most}, which no module of this model can take")
+    if info.examples > job.rounds.max_weight:
+        raise ClientFailed(f"{info.id}: it claims more than {job.rounds.max_weight:g} examples (rounds.max_weight)")

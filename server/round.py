@@ -15,7 +15,7 @@ from fedtune.base import Blueprint
 from fedtune.envelope import Envelope
 from fedtune.errors import ClientFailed, Refused, RoundFailed
 from fedtune.job import Job
-from fedtune.strategy import Answer, Answers, Ask, ClientInfo, ServerState, Strategy
+from fedtune.strategy import Answer, Answers, Ask, ClientInfo, Fold, ServerState, Strategy
 from fedtune.wire import pack_ask
 from server.exchange import exchange
 from server.gate import admit, misfits, schema_of
@@ -101,10 +101,11 @@ class Round:
     def _admitted(self, clients: Sequence[str], ask: Ask, ask_id: str) -> Iterator[tuple[str, Answer, Envelope]]:
         """The answers that pass the gate, as they come; the reasons of the others go into the tally."""
         federation = self._federation
+        lower_rank = ask.fold is Fold.EACH and federation.strategy.mixed_ranks
         for client, envelope in self._replies(clients, ask, ask_id):
             try:
                 info, like = federation.clients[client], federation.plan.adapter
-                yield client, admit(envelope, ask_id, info, like, self._most, ask.fold), envelope
+                yield client, admit(envelope, ask_id, info, like, self._most, lower_rank), envelope
             except Refused as reason:
                 self.tally.failed(client, f"refused: {reason}")
             except ClientFailed as reason:
@@ -125,14 +126,18 @@ class Round:
                 yield client, reply.envelope
 
     def _packed(self, clients: Sequence[str], ask: Ask, ask_id: str) -> dict[int, Envelope]:
-        """By node. What goes to all is encoded once: a cohort of a thousand shares one copy of the broadcast."""
+        """By node. What goes to several is encoded once: a cohort of a thousand shares one copy of the broadcast."""
         federation = self._federation
         header = {"ask": ask_id, "run": federation.job.name, "round": self.number, "base": federation.plan.adapter.base}
-        common = pack_ask(ask, "", header)
-        asks = {client: pack_ask(ask, client, header) if client in ask.per_client else common for client in clients}
-        for client, envelope in asks.items():
-            self.tally.sent(client, envelope)
-        return {federation.nodes[client]: envelope for client, envelope in asks.items()}
+        packed: dict[int, Envelope] = {}  # by the identity of the payload
+        asks: dict[int, Envelope] = {}
+        for client in clients:
+            payload = id(ask.payload_for(client))
+            if payload not in packed:
+                packed[payload] = pack_ask(ask, client, header)
+            asks[federation.nodes[client]] = packed[payload]
+            self.tally.sent(client, packed[payload])
+        return asks
 
     def _require_quorum(self, answered: int, asked: int) -> None:
         wanted = max(1, math.ceil(self._federation.job.rounds.quorum * asked))

@@ -51,7 +51,7 @@ class FlexLoRA(Strategy):
         return ServerState(replace(adapter, lora={path: lora.first(pair, 0) for path, pair in adapter.lora.items()}))
 
     def round(self, state: ServerState, cohort: Sequence[ClientInfo]) -> Generator[Ask, Answers, ServerState]:
-        sent = {client.id: cut_for(client, state.adapter) for client in cohort}
+        sent = cuts(cohort, state.adapter)
         answers = yield Ask("train", fold=Fold.EACH, per_client=sent)
         ranks = {path: self._rank(path, state, cohort) for path in state.adapter.lora}
         exact = exact_mean(answers)
@@ -78,6 +78,13 @@ class FlexLoRA(Strategy):
         alive = int(cut.B.any(dim=0).sum())
         start = balanced(lora.first(cut, alive), local.scale_of(path))
         return grown(start, local.rank_of(path), path, self.seed)
+
+
+def cuts(cohort: Sequence[ClientInfo], adapter: Adapter) -> dict[str, Payload]:
+    """What each client gets: one payload for all of the same ranks."""
+    ranks = {client.id: tuple(map(client.rank_of, adapter.lora)) for client in cohort}
+    made = {ranks[client.id]: cut_for(client, adapter) for client in cohort}
+    return {client: made[own] for client, own in ranks.items()}
 
 
 def cut_for(client: ClientInfo, adapter: Adapter) -> Payload:

@@ -26,7 +26,7 @@ from torch import Tensor
 from fedtune.adapter import Factors
 from fedtune.aggregation import aggregation_error, exact_mean
 from fedtune.errors import StrategyError
-from fedtune.payload import adapter_of
+from fedtune.payload import adapter_of, payload_of
 from fedtune.strategy import Answers, Ask, ClientInfo, Fold, ServerState
 from strategies.fedavg import FedAvg
 
@@ -50,7 +50,8 @@ class LoraFair(FedAvg):
 
     def round(self, state: ServerState, cohort: Sequence[ClientInfo]) -> Generator[Ask, Answers, ServerState]:
         answers = yield Ask("train", self.broadcast(state), Fold.EACH)
-        averaged = adapter_of(answers.mean(), like=state.adapter)
+        scales = payload_of(state.adapter, ()).scalars  # everybody's, whatever a client says
+        averaged = adapter_of(replace(answers.mean(), scalars=scales), like=state.adapter)
         exact = exact_mean(answers)
         lora = {path: corrected(pair, exact[path], self.regularization) for path, pair in averaged.lora.items()}
         return replace(state, adapter=replace(averaged, lora=lora), metrics=aggregation_error(exact, lora))

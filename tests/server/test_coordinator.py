@@ -19,10 +19,11 @@ from fedtune.base import base_hash, blueprint
 from fedtune.envelope import Envelope
 from fedtune.errors import RoundFailed, RunFolderError, StrategyError
 from fedtune.job import Job
-from fedtune.payload import payload_of
+from fedtune.lora import first
+from fedtune.payload import adapter_of, payload_of
 from fedtune.peft_folder import read_adapter
 from fedtune.strategy import Answer
-from fedtune.wire import pack_answer, pack_failure
+from fedtune.wire import pack_answer, pack_ask, pack_failure, unpack_answer
 from server.coordinator import RunResult, run_job
 from server.records import RoundRecord
 from server.watchers import Quiet
@@ -168,6 +169,38 @@ def test_stacking_leaves_out_who_sends_only_some_tensors(missing: str, play: Pla
     ).read_bytes()
 
 
+@pytest.mark.parametrize("name", ["fedex_lora", "lora_fair", "flower"])
+def test_a_lower_rank_is_refused_where_factors_are_averaged_and_the_round_goes_on(name: str, play: Play) -> None:
+    """These read each answer, but not of mixed ranks: an answer that cannot be averaged may not end the run."""
+
+    def of_rank_one(envelope: Envelope) -> Envelope:
+        answer = unpack_answer(envelope)
+        pairs = {path: first(pair, 1) for path, pair in adapter_of(answer.payload).lora.items()}
+        return pack_answer(replace(answer, payload=payload_of(Adapter(pairs))), {**envelope.header})
+
+    result = play("rounds.count=1", f"strategy.name={name}", odd={("ann", 1): of_rank_one})
+    assert "is of shape (1, 32), wanted (4, 32)" in result.records[1].clients["ann"].failed
+    assert result.records[1].answered == 2
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.5, 1e30])
+@pytest.mark.parametrize("name", ["fedavg", "lora_fair", "rolora", "fedsa_lora"])
+def test_nobody_can_change_the_scale_that_all_train_at(name: str, scale: float, play: Play) -> None:
+    def forged(envelope: Envelope) -> Envelope:
+        scalars = {key: scale if key.endswith(".scale") else value for key, value in envelope.header["scalars"].items()}
+        return replace(envelope, header={**envelope.header, "scalars": scalars})
+
+    result = play("rounds.count=1", f"strategy.name={name}", odd={("ann", 1): forged})
+    assert {pair.scale for pair in result.state.adapter.lora.values()} == {1.5}  # alpha / rank of the job
+
+
+def test_clients_that_are_sent_the_same_share_one_message(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = []
+    monkeypatch.setattr("server.round.pack_ask", lambda ask, *rest: packed.append(ask.kind) or pack_ask(ask, *rest))
+    play("rounds.count=1", "strategy.name=flexlora", "clients.ranks.bob=2", "rounds.evaluate_every=0")
+    assert packed == ["train", "train"]  # one for rank 4, one for rank 2
+
+
 def _without(envelope: Envelope, ending: str) -> dict[str, Any]:
     kept = tuple(tensor for tensor in envelope.tensors if not tensor.name.endswith(ending))
     roles = {name: role for name, role in envelope.header["roles"].items() if not name.endswith(ending)}
@@ -278,6 +311,9 @@ def test_a_cohort_larger_than_all_is_all(play: Play) -> None:
         ({"rank": -8}, "wanted examples and rank of at least 1"),
         ({"scale": math.inf}, "and a scale above 0"),
         ({"rank": None}, "its hello cannot be read"),
+        ({"rank": 33}, "its rank is more than 32, which no module of this model can take"),
+        ({"rank": 10**400}, "its rank is more than 32"),
+        ({"examples": 10**400}, r"more than 1e\+09 examples \(rounds.max_weight\)"),
     ],
 )
 def test_who_cannot_take_part_is_left_out_and_where_all_are_needed_the_reason_is_said(

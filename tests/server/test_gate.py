@@ -66,6 +66,9 @@ def test_the_rank_is_the_one_that_the_client_declared() -> None:
     pair = Factors(torch.ones(1, 3), torch.ones(5, 1), 3.0)
     answer = replace(GOOD, payload=payload_of(Adapter({"q": pair})))
     assert let_in(answer, client=replace(CLIENT, rank=1)).payload.tensors["q.lora_A"].shape == (1, 3)
+    with pytest.raises(Refused, match=r"of shape \(1, 3\), wanted \(2, 3\)"):
+        let_in(answer)
+    assert admit(pack_answer(answer, HEADER), "3.0", CLIENT, LIKE, 100.0, lower_rank=True).payload.scalars == {"q.scale": 3.0}
 
 
 @pytest.mark.parametrize(
@@ -92,6 +95,8 @@ def test_the_rank_is_the_one_that_the_client_declared() -> None:
         (changed("q.lora_A", PAIR.A, Role.DENSE), "'q.lora_A' came as dense, wanted lora_A"),
         (changed("head", torch.zeros(4, 3), Role.VECTOR), "'head' came as vector, wanted dense"),
         (with_scalar("k.scale", 1.0), "'k.scale' is no part of the adapter"),
+        (with_scalar("q.scale", 0.0), "'q.scale' is 0, wanted a scale above 0"),
+        (with_scalar("q.scale", -1.5), "'q.scale' is -1.5, wanted a scale above 0"),
     ],
 )
 def test_what_is_refused_and_why(answer: Answer, reason: str) -> None:
@@ -185,6 +190,15 @@ def test_a_scalar_that_the_others_did_not_send_is_a_misfit() -> None:
     assert misfits({"ann": schema_of(plain), "bob": schema_of(more), "cy": schema_of(plain)}) == {
         "bob": "its tensors are not those of the other clients: shift"
     }
+
+
+def test_whoever_names_another_scale_than_the_others_is_a_misfit_of_a_sum() -> None:
+    """The factors of a sum are added as they are: the mean of the scales would be everybody's. Where each answer is read by
+    itself, clients may differ in alpha."""
+    mine, other = GOOD, with_scalar("q.scale", 1e9)
+    for fold, odd in ((Fold.SUM, ["ann"]), (Fold.SEEN, ["ann"]), (Fold.EACH, [])):
+        schemas = {"ann": schema_of(other, fold), "bob": schema_of(mine, fold), "cy": schema_of(mine, fold)}
+        assert list(misfits(schemas)) == odd
 
 
 def test_nobody_is_a_misfit_among_equals_or_alone() -> None:
