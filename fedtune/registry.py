@@ -1,4 +1,5 @@
-"""From a name in the job file to a Strategy: a built-in or installed name, `package.module:Class`, or `file.py:Class`."""
+"""From a name in the job file to a Strategy: a built-in, installed or registered name, `package.module:Class`, or
+`file.py:Class`."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from dataclasses import fields, is_dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -37,10 +38,29 @@ BUILT_IN = {
 }
 
 
+REGISTERED: dict[str, type[Strategy]] = {}
+Class = TypeVar("Class", bound=type[Strategy])
+
+
+def register(cls: Class) -> Class:
+    """Let jobs of this process name a class that lies in no file, such as one in a notebook: `@register` above it.
+
+    Raises StrategyError where its name belongs to another method.
+    """
+    name = getattr(cls, "name", None)
+    if not isinstance(name, str):
+        raise StrategyError(f"{cls.__name__} has no name to register: add `name: ClassVar[str] = ...`")
+    if name in known() and name not in REGISTERED:
+        raise StrategyError(f"the name '{name}' belongs to {known()[name]}; give {cls.__name__} another")
+    REGISTERED[name] = cls
+    return cls
+
+
 def known() -> dict[str, str]:
     """Every name that a job may use, with the `module:Class` behind it."""
     installed = {point.name: point.value for point in entry_points(group=GROUP)}
-    return dict(sorted({**installed, **BUILT_IN}.items()))
+    here = {name: f"{cls.__module__}:{cls.__qualname__}" for name, cls in REGISTERED.items()}
+    return dict(sorted({**installed, **here, **BUILT_IN}.items()))
 
 
 def able(capability: str) -> list[str]:
@@ -57,6 +77,8 @@ def _class_or_none(name: str) -> type[Strategy] | None:
 
 def strategy_class(name: str) -> type[Strategy]:
     """Raises StrategyError, with what would have been right."""
+    if name in REGISTERED:
+        return REGISTERED[name]
     reference = known().get(name, name)
     module, _, attribute = reference.rpartition(":")
     if not module:

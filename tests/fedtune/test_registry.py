@@ -5,11 +5,15 @@ from __future__ import annotations
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
+from fedtune import registry
 from fedtune.errors import StrategyError
+from fedtune.job import checked_job
 from fedtune.paths import app_root
 from fedtune.registry import BUILT_IN, GROUP, known, strategy_class, strategy_from
 from fedtune.strategy import Strategy
@@ -153,3 +157,28 @@ def test_settings_of_built_ins_are_checked() -> None:
         strategy_from("flora", {"start_from": "hot"})
     with pytest.raises(StrategyError, match=r"has no setting 'max_rnk', did you mean 'max_rank'"):
         strategy_from("flora", {"max_rnk": 3})
+
+
+def test_a_class_in_python_gets_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook: the class lies in no file that could be named."""
+    monkeypatch.setattr(registry, "REGISTERED", {})
+
+    @registry.register
+    @dataclass(frozen=True)
+    class Own(FedAvg):
+        """One's own."""
+
+        name: ClassVar[str] = "own"
+        share: float = 0.5
+
+    assert "own" in registry.known()
+    assert registry.strategy_from("own", {"share": 0.25}) == Own(0.25)
+    assert checked_job({"strategy": {"name": "own", "share": 0.25}}, "here").make_strategy() == Own(0.25)
+    registry.register(Own)  # as when a cell is run again
+
+
+def test_a_taken_name_is_not_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "REGISTERED", {})
+    with pytest.raises(StrategyError, match=r"'flora' belongs to strategies\.flora:FLoRA; give Flora another"):
+        registry.register(type("Flora", (FedAvg,), {"name": "flora"}))
+    assert registry.REGISTERED == {}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.errors import StrategyError
-from fedtune.strategy import ServerState
+from fedtune.strategy import ClientInfo, ServerState
 from fedtune.testing import check_strategy, play_round, product
 from strategies.flora import ROW_NORM, FLoRA
 from tests.strategies.oracle import HEAD, Drifter, adapter, fleets, mean_product, mean_weight, relative, shares
@@ -172,3 +172,43 @@ def test_rows_of_a_are_as_long_as_peft_draws_them() -> None:
 def test_a_cap_below_one_is_refused(max_rank: int) -> None:
     with pytest.raises(StrategyError, match=f"max_rank of at least 1, given {max_rank}"):
         FLoRA(max_rank=max_rank)
+
+
+# what is kept by energy, and how the rest travels
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.99])
+def test_energy_keeps_the_smallest_rank_that_holds_it(energy: float) -> None:
+    """FLoRIST: against the dense singular values of the exact mean, module by module."""
+    clients = unlike()
+    state = play(FLoRA(energy=energy), clients, 1)
+    for path, pair in state.adapter.lora.items():
+        S = torch.linalg.svdvals(mean_weight(clients, path)).square()
+        wanted = next(q for q in range(1, len(S) + 1) if S[:q].sum() >= energy * S.sum())
+        assert pair.rank == wanted
+        error = (S[wanted:].sum() / S.sum()).sqrt().item()
+        assert state.metrics[f"aggregation_error.{path}"] == pytest.approx(error, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("energy", [0.0, 1.5])
+def test_an_energy_that_is_no_share_is_refused(energy: float) -> None:
+    with pytest.raises(StrategyError, match=f"energy above 0 and at most 1, given {energy}"):
+        FLoRA(energy=energy)
+
+
+@pytest.mark.parametrize("start_from", STARTS)
+def test_what_nobody_trains_on_from_travels_whole_where_that_is_smaller(start_from: str) -> None:
+    """At 4 x 4 a direction takes 8 numbers and the matrix 16. M has rank 4; warm, the first 3 directions travel as factors,
+    and the fourth as 8 numbers; cold, all four would take 32, so the matrix goes. Both arrive as M."""
+    strategy, clients = FLoRA(start_from=start_from), unlike()  # type: ignore[arg-type]
+    state = play(strategy, clients, 2)
+    assert state.adapter.lora["square"].rank == 4
+    cohort = [ClientInfo(id, client.examples, client.rank) for id, client in clients.items()]
+    ask = next(strategy.round(state, cohort))
+    sent = {name: tuple(t.shape) for name, t in ask.payload.tensors.items() if name.startswith("square")}
+    if start_from == "warm":
+        assert sent == {"square.lora_A": (4, 4), "square.lora_B": (4, 4)}
+    else:
+        assert sent == {"square.lora_A": (0, 4), "square.lora_B": (4, 0), "square.rest": (4, 4)}
+    arrived = strategy.received(ask.payload).lora["square"]
+    assert relative(product(arrived), product(state.adapter.lora["square"])) < 1e-6
