@@ -112,6 +112,7 @@ class ResidentModel:
             if path in wanted or path in self._merged:
                 pairs = [wanted[path]] if path in wanted else []
                 (self._merge_beside if self.beside else self._merge_into_base)(path, layer, pairs)
+                self._merged = {**self._merged, path: wanted.get(path) or _empty(layer)}  # true also if the next one fails
         self._merged = wanted
 
     def _merge_into_base(self, path: str, layer: LoraLayer, pairs: list[Factors]) -> None:

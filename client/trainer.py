@@ -19,7 +19,7 @@ from client.data.load import labels_in, load_client
 from client.data.sources import Source, clients_in
 from client.local import Local
 from client.model import ResidentModel
-from client.personal import write_own
+from client.personal import folder_name, write_own
 from fedtune.base import Blueprint, blueprint
 from fedtune.envelope import Envelope
 from fedtune.errors import ClientFailed, DataError, FedtuneError, JobError, nearest
@@ -120,7 +120,7 @@ class Trainer:
         local, memory = self.local(client, round), self.memory(client)
         answer = self._half(ask, local, memory)
         if self._directory:
-            memory.save(self._directory / f"memory-{client}.safetensors")
+            memory.save(self._memory_file(self._directory, client))
             if self.strategy.personal and ask.kind == "evaluate":  # then what it uses lies in the slot
                 self.write_own(client, round, self._own_folder(self._directory, client))
         return answer
@@ -134,9 +134,12 @@ class Trainer:
 
     def memory(self, client: str) -> Memory:
         if client not in self._memory:
-            path = self._directory / f"memory-{client}.safetensors" if self._directory else None
-            self._memory[client] = Memory.open(path) if path else Memory()
+            directory = self._directory
+            self._memory[client] = Memory.open(self._memory_file(directory, client)) if directory else Memory()
         return self._memory[client]
+
+    def _memory_file(self, directory: Path, client: str) -> Path:
+        return directory / f"memory-{folder_name(client)}.safetensors"
 
 
 def _own_source(client: str, found: Mapping[str, Source]) -> Source:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from client.model import ResidentModel
+from fedtune import lora
 from fedtune.adapter import Adapter, Factors
 from fedtune.job import Job
 from fedtune.payload import payload_of
@@ -130,6 +131,26 @@ def test_fifty_merges_leave_the_pristine_bits(resident: ResidentModel, draw_adap
     resident.load(NOTHING, NOTHING, ALL)
     for path, weight in weights(resident).items():
         assert torch.equal(weight, pristine[path])
+
+
+def test_a_merge_that_broke_off_is_undone_by_the_next(
+    resident: ResidentModel, draw_adapter: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (draw_adapter(shapes(resident), 3, seed=seed) for seed in (1, 2))
+    resident.load(NOTHING, first, ALL)
+    wanted, merges, merge = weights(resident), iter(range(9)), lora.merged
+
+    def out_of_memory(*given: object, **named: object) -> Tensor:
+        if next(merges) == 2:
+            raise MemoryError
+        return merge(*given, **named)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(lora, "merged", out_of_memory)
+        with pytest.raises(MemoryError):
+            resident.load(NOTHING, second, ALL)
+    resident.load(NOTHING, first, ALL)
+    assert all(torch.equal(weight, wanted[path]) for path, weight in weights(resident).items())
 
 
 def sixty_fourths(shapes: dict[str, tuple[int, int]], rank: int, seed: int) -> Adapter:

@@ -158,6 +158,13 @@ def test_a_node_s_memory_outlives_its_trainer(make_job: MakeJob, tiny_data: Path
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["memory-bob.safetensors"]
 
 
+def test_a_name_that_is_no_file_name_costs_no_round(make_job: MakeJob, tiny_data: Path, tmp_path: Path) -> None:
+    trainer = raising(node(make_job(), tiny_data / "bob.jsonl", tmp_path / "state", client="../ward/3"), "ValueError")
+    assert unpack_answer(trainer.answer(ask(trainer, "count"))).metrics == {"count": 1}
+    assert [path.name for path in tmp_path.rglob("memory-*")] == ["memory-%2E.%2Fward%2F3.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
 def test_a_node_takes_its_own_model_and_data_and_the_rest_from_the_job(
     make_job: MakeJob, tiny_data: Path, tiny_model: Path
 ) -> None:
