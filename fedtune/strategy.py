@@ -26,6 +26,7 @@ from fedtune.payload import Payload, Role, adapter_of, payload_of
 if TYPE_CHECKING:
     from fedtune.job import Job
 
+ADAPTER = (Role.A, Role.B, Role.DENSE)  # what an answer with a whole adapter holds
 Penalty = Callable[[Adapter], Tensor]  # of the adapter in training to a scalar that is added to the loss of each step
 
 
@@ -66,13 +67,15 @@ class ClientInfo(Ranked):
 class Ask:
     """A question to the cohort: one payload for all, save the clients that `per_client` names.
 
-    On the client `payload` is what was sent to it.
+    An answer that lacks a tensor of one of the roles in `wants`, for any module or whole parameter, or the scale of a
+    module whose factor is wanted, is refused. On the client `payload` is what was sent to it.
     """
 
     kind: str
     payload: Payload = field(default_factory=Payload)
     fold: Fold = Fold.SUM
     per_client: Mapping[str, Payload] = field(default_factory=dict)
+    wants: Collection[Role] = ()
 
     def payload_for(self, client: str) -> Payload:
         return self.per_client.get(client, self.payload)

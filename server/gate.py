@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -15,18 +15,25 @@ from fedtune.adapter import Adapter
 from fedtune.envelope import Envelope
 from fedtune.errors import MalformedMessage, Refused
 from fedtune.payload import Role
-from fedtune.strategy import Answer, ClientInfo, Fold
+from fedtune.strategy import Answer, Ask, ClientInfo, Fold
 from fedtune.wire import unpack_answer
 
+NOTHING_ASKED = Ask("")
 SCALE = ".scale"  # ends the name of a scalar that is the scale of a module
 Schema = tuple[tuple[str, tuple[float, ...]], ...]  # of each tensor its name and shape, of each scale its value; by name
 
 
 def admit(
-    envelope: Envelope, ask_id: str, client: ClientInfo, like: Adapter, max_weight: float, lower_rank: bool = False
+    envelope: Envelope,
+    ask_id: str,
+    client: ClientInfo,
+    like: Adapter,
+    max_weight: float,
+    lower_rank: bool = False,
+    ask: Ask = NOTHING_ASKED,
 ) -> Answer:
-    """The answer, if it may enter; `lower_rank` says whether a client may send less than the rank that it declared. Raises
-    Refused, or ClientFailed with the client's own reason."""
+    """The answer to `ask`, if it may enter; `lower_rank` says whether a client may send less than the rank that it
+    declared. Raises Refused, or ClientFailed with the client's own reason."""
     header = envelope.header
     if header.get("ask") != ask_id:
         raise Refused(f"it answers ask {header.get('ask')}, wanted {ask_id}")
@@ -40,7 +47,8 @@ def admit(
         raise Refused(f"its weight is {answer.weight:g}, wanted more than 0 and at most {max_weight:g}")
     _require_finite(answer)
     _require_shapes(answer, client, like, lower_rank)
-    _require_scales(answer, like)
+    _require_scales(answer, client, like, ask)
+    _require_whole(answer, like, ask.wants)
     return answer
 
 
@@ -96,12 +104,28 @@ def _require_shapes(answer: Answer, client: ClientInfo, like: Adapter, lower_ran
             raise Refused(f"'{name}' is of shape {shape}, wanted {wanted_shape}")
 
 
-def _require_scales(answer: Answer, like: Adapter) -> None:
+def _require_scales(answer: Answer, client: ClientInfo, like: Adapter, ask: Ask) -> None:
+    """A scale is the client's own, the job's, or the one that it was sent: nobody makes its product larger by a word."""
+    sent = ask.payload_for(client.id).scalars
     for name, value in answer.payload.scalars.items():
-        if name.endswith(SCALE) and name.removesuffix(SCALE) not in like.lora:
+        if not name.endswith(SCALE):
+            continue
+        path = name.removesuffix(SCALE)
+        if path not in like.lora:
             raise Refused(f"'{name}' is no part of the adapter that the job describes")
-        if name.endswith(SCALE) and value <= 0:
-            raise Refused(f"'{name}' is {value:g}, wanted a scale above 0")
+        known = {client.scale_of(path), like.lora[path].scale, sent.get(name, client.scale_of(path))}
+        if not (value > 0 and any(math.isclose(value, scale, rel_tol=1e-6) for scale in known)):
+            raise Refused(f"'{name}' is {value:g}, wanted one of {', '.join(f'{scale:g}' for scale in sorted(known))}")
+
+
+def _require_whole(answer: Answer, like: Adapter, wants: Collection[Role]) -> None:
+    """Nothing that was asked for is missing."""
+    factors = [role for role in wants if role is not Role.DENSE]
+    wanted = {f"{path}.{role}" for path in like.lora for role in factors} | (set(like.dense) if Role.DENSE in wants else set())
+    scales = {f"{path}{SCALE}" for path in like.lora} if {Role.A, Role.B} & set(wants) else set()
+    missing = sorted((wanted - answer.payload.tensors.keys()) | (scales - answer.payload.scalars.keys()))
+    if missing:
+        raise Refused(f"it lacks {', '.join(missing[:3])}" + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""))
 
 
 def factor_shapes(like: Adapter, path: str, rank: int) -> dict[str, tuple[Role, tuple[int, ...]]]:

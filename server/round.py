@@ -105,7 +105,7 @@ class Round:
         for client, envelope in self._replies(clients, ask, ask_id):
             try:
                 info, like = federation.clients[client], federation.plan.adapter
-                yield client, admit(envelope, ask_id, info, like, self._most, lower_rank), envelope
+                yield client, admit(envelope, ask_id, info, like, self._most, lower_rank, ask), envelope
             except Refused as reason:
                 self.tally.failed(client, f"refused: {reason}")
             except ClientFailed as reason:

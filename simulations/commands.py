@@ -179,7 +179,7 @@ def _finish(folder: Path) -> None:
 
 def _job_file(job: str) -> Path:
     scenario = SCENARIOS / f"{job}.toml"
-    return scenario if scenario.is_file() and not Path(job).exists() else Path(job)
+    return scenario if scenario.is_file() and not Path(job).is_file() else Path(job)
 
 
 @contextmanager

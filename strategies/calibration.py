@@ -31,10 +31,10 @@ def leading_directions(start: Adapter, passes: int) -> Generator[Ask, Answers, d
     """Server half: the pair A = V^T, B = U of each module, both orthonormal, with the rank and scale that it has in `start`."""
     found: dict[str, Factors] = {}
     for _ in range(passes):
-        sketches = yield Ask(SKETCH, _asked(start, Role.A, {path: pair.A for path, pair in found.items()}))
+        sketches = yield Ask(SKETCH, _asked(start, Role.A, {path: pair.A for path, pair in found.items()}), wants=(Role.B,))
         summed = sketches.mean().tensors
         columns = {path: torch.linalg.qr(summed[f"{path}.{Role.B}"].double())[0].float() for path in start.lora}  # Q, (d, r)
-        projections = yield Ask(PROJECT, _asked(start, Role.B, columns))
+        projections = yield Ask(PROJECT, _asked(start, Role.B, columns), wants=(Role.A,))
         summed = projections.mean().tensors
         found = {path: _directions(columns[path], summed[f"{path}.{Role.A}"], pair.scale) for path, pair in start.lora.items()}
     return found

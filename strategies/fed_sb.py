@@ -61,7 +61,9 @@ class FedSB(Strategy):
             state = with_frame(state, pairs)
         core_alone = _sent(state, (Role.DENSE,))
         holders = {client.id: core_alone for client in cohort if f"{HOLDS}{client.id}" in state.scalars}
-        answers = yield Ask("train", _sent(state, (Role.A, Role.B, Role.DENSE)), per_client=holders)
+        answers = yield Ask(
+            "train", _sent(state, (Role.A, Role.B, Role.DENSE)), per_client=holders, wants=(Role.CORE, Role.DENSE)
+        )
         mean = answers.mean()
         adapter = replace(state.adapter, dense={**state.adapter.dense, **_of_role(mean, Role.DENSE)})
         scalars = _who_holds(state.scalars, cohort, answers.weights)

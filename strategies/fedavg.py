@@ -17,7 +17,7 @@ from typing import ClassVar
 from fedtune.aggregation import aggregation_error, exact_mean
 from fedtune.memory import Memory
 from fedtune.payload import adapter_of, payload_of
-from fedtune.strategy import Answer, Answers, Ask, ClientInfo, Fold, LocalModel, ServerState, Strategy
+from fedtune.strategy import ADAPTER, Answer, Answers, Ask, ClientInfo, Fold, LocalModel, ServerState, Strategy
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class FedAvg(Strategy):
     secure_sum: ClassVar[bool] = True
 
     def round(self, state: ServerState, cohort: Sequence[ClientInfo]) -> Generator[Ask, Answers, ServerState]:
-        answers = yield Ask("train", self.broadcast(state), Fold.SEEN)
+        answers = yield Ask("train", self.broadcast(state), Fold.SEEN, wants=ADAPTER)
         adapter = adapter_of(answers.mean(), like=state.adapter)
         metrics = aggregation_error(exact_mean(answers), adapter.lora) if answers.visible else {}
         return replace(state, adapter=adapter, metrics=metrics)

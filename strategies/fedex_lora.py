@@ -26,7 +26,7 @@ from fedtune.aggregation import aggregation_error
 from fedtune.errors import StrategyError
 from fedtune.memory import Memory
 from fedtune.payload import Payload, adapter_of, payload_of
-from fedtune.strategy import Answer, Answers, Ask, ClientInfo, Fold, LocalModel, ServerState, Strategy
+from fedtune.strategy import ADAPTER, Answer, Answers, Ask, ClientInfo, Fold, LocalModel, ServerState, Strategy
 from strategies import whole_matrix
 
 
@@ -47,7 +47,7 @@ class FedExLoRA(Strategy):
 
     def round(self, state: ServerState, cohort: Sequence[ClientInfo]) -> Generator[Ask, Answers, ServerState]:
         ranks = {path: cohort[0].rank_of(path) for path in state.adapter.lora} if cohort else {}
-        answers = yield Ask("train", whole_matrix.sent(state.adapter, ranks), Fold.EACH)
+        answers = yield Ask("train", whole_matrix.sent(state.adapter, ranks), Fold.EACH, wants=ADAPTER)
         mean = adapter_of(answers.mean())
         before = {path: lora.rest(pair, ranks[path]) for path, pair in state.adapter.lora.items()}
         slots = {path: replace(mean.lora[path], scale=pair.scale) for path, pair in before.items()}

@@ -40,7 +40,7 @@ class FedSALoRA(Strategy):
     personal: ClassVar[bool] = True
 
     def round(self, state: ServerState, cohort: Sequence[ClientInfo]) -> Generator[Ask, Answers, ServerState]:
-        answers = yield Ask("train", self.broadcast(state))
+        answers = yield Ask("train", self.broadcast(state), wants=(Role.A,))
         return replace(state, adapter=adapter_of(answers.mean(), like=state.adapter))
 
     def answer(self, ask: Ask, local: LocalModel, memory: Memory) -> Answer:

@@ -27,7 +27,7 @@ from fedtune.aggregation import aggregation_error, exact_mean
 from fedtune.errors import StrategyError
 from fedtune.memory import Memory
 from fedtune.payload import Payload, Role, payload_of
-from fedtune.strategy import Answer, Answers, Ask, ClientInfo, Fold, LocalModel, ServerState, Strategy
+from fedtune.strategy import ADAPTER, Answer, Answers, Ask, ClientInfo, Fold, LocalModel, ServerState, Strategy
 from strategies.nested import balanced, grown
 
 
@@ -52,7 +52,7 @@ class FlexLoRA(Strategy):
 
     def round(self, state: ServerState, cohort: Sequence[ClientInfo]) -> Generator[Ask, Answers, ServerState]:
         sent = cuts(cohort, state.adapter)
-        answers = yield Ask("train", fold=Fold.EACH, per_client=sent)
+        answers = yield Ask("train", fold=Fold.EACH, per_client=sent, wants=ADAPTER)
         ranks = {path: self._rank(path, state, cohort) for path in state.adapter.lora}
         exact = exact_mean(answers)
         best = {path: lora.refactor(pair, ranks[path])[0] for path, pair in exact.items()}

@@ -27,7 +27,7 @@ from fedtune.errors import StrategyError
 from fedtune.memory import Memory
 from fedtune.payload import Payload, Role, adapter_of, payload_of
 from fedtune.seeds import lora_a
-from fedtune.strategy import Answer, Answers, Ask, ClientInfo, Fold, LocalModel, ServerState, Strategy
+from fedtune.strategy import ADAPTER, Answer, Answers, Ask, ClientInfo, Fold, LocalModel, ServerState, Strategy
 from strategies import whole_matrix
 
 ROW_NORM = 3**-0.5  # of A's rows as PEFT draws them: k entries of variance 1/(3k)
@@ -59,7 +59,7 @@ class FLoRA(Strategy):
 
     def round(self, state: ServerState, cohort: Sequence[ClientInfo]) -> Generator[Ask, Answers, ServerState]:
         clients = {client.id: client for client in cohort}
-        answers = yield Ask("train", self._sent(state.adapter, cohort), Fold.EACH)
+        answers = yield Ask("train", self._sent(state.adapter, cohort), Fold.EACH, wants=ADAPTER)
         stacks = {p: lora.Stack(self._not_retrained(p, m, clients, answers.weights)) for p, m in state.adapter.lora.items()}
         for _, share, answer in answers:
             for path, pair in adapter_of(answer.payload).lora.items():

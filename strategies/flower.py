@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedtune.aggregation import aggregation_error, exact_mean
 from fedtune.payload import adapter_of, payload_of
-from fedtune.strategy import Answers, Ask, ClientInfo, Fold, ServerState
+from fedtune.strategy import ADAPTER, Answers, Ask, ClientInfo, Fold, ServerState
 from strategies.fedavg import FedAvg
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Flower(FedAvg):
 
     def round(self, state: ServerState, cohort: Sequence[ClientInfo]) -> Generator[Ask, Answers, ServerState]:
         sent, number = payload_of(state.adapter), int(state.scalars.get("round", 0)) + 1
-        answers = yield Ask("train", self.broadcast(state), Fold.EACH)
+        answers = yield Ask("train", self.broadcast(state), Fold.EACH, wants=ADAPTER)
         wrapped = self.wrapped()
         wrapped.restore(state.tensors, state.scalars)
         arrays = wrapped.aggregated(number, sent.tensors, [answer for _, _, answer in answers])

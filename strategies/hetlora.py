@@ -32,7 +32,7 @@ from fedtune.aggregation import OwnerMean, aggregation_error, exact_mean
 from fedtune.errors import StrategyError
 from fedtune.memory import Memory
 from fedtune.payload import Payload, Role, adapter_of, payload_of
-from fedtune.strategy import Answer, Answers, Ask, ClientInfo, Fold, LocalModel, ServerState, Strategy
+from fedtune.strategy import ADAPTER, Answer, Answers, Ask, ClientInfo, Fold, LocalModel, ServerState, Strategy
 from strategies.nested import balanced, grown
 
 
@@ -64,8 +64,8 @@ class HetLoRA(Strategy):
     def round(self, state: ServerState, cohort: Sequence[ClientInfo]) -> Generator[Ask, Answers, ServerState]:
         ranks = {client.id: {path: rank_now(state, client, path) for path in state.adapter.lora} for client in cohort}
         padded = {path: self._padded(path, pair, ranks) for path, pair in state.adapter.lora.items()}
-        sent = {id: truncated(replace(state.adapter, lora=padded), ranks[id]) for id in ranks}
-        answers = yield Ask("train", fold=Fold.EACH, per_client=sent)
+        sent = by_ranks(replace(state.adapter, lora=padded), ranks)
+        answers = yield Ask("train", fold=Fold.EACH, per_client=sent, wants=ADAPTER)
         say, known = self._weights(answers), {**state.scalars, **ranks_of(answers)} if self.prune else {}
         means = {path: OwnerMean(pair) for path, pair in padded.items()}
         for id, _, answer in answers:
@@ -128,6 +128,12 @@ def _kept(memory: Memory, path: str, given: Factors) -> int:
 def update_norm(answer: Answer) -> float:
     """`|s B A|_F` over all modules together."""
     return math.hypot(*map(lora.product_norm, adapter_of(answer.payload).lora.values()))
+
+
+def by_ranks(adapter: Adapter, ranks: Mapping[str, Mapping[str, int]]) -> dict[str, Payload]:
+    """What each client gets; one payload for all that have the same ranks."""
+    made: dict[tuple[int, ...], Payload] = {}
+    return {id: made.setdefault(tuple(own.values()), truncated(adapter, own)) for id, own in ranks.items()}
 
 
 def truncated(adapter: Adapter, ranks: Mapping[str, int]) -> Payload:

@@ -27,7 +27,7 @@ from fedtune.adapter import Factors
 from fedtune.aggregation import aggregation_error, exact_mean
 from fedtune.errors import StrategyError
 from fedtune.payload import adapter_of, payload_of
-from fedtune.strategy import Answers, Ask, ClientInfo, Fold, ServerState
+from fedtune.strategy import ADAPTER, Answers, Ask, ClientInfo, Fold, ServerState
 from strategies.fedavg import FedAvg
 
 SMALLEST = 1e-12  # below it float64 cannot tell A A^T + lambda I from A A^T
@@ -49,7 +49,7 @@ class LoraFair(FedAvg):
             )
 
     def round(self, state: ServerState, cohort: Sequence[ClientInfo]) -> Generator[Ask, Answers, ServerState]:
-        answers = yield Ask("train", self.broadcast(state), Fold.EACH)
+        answers = yield Ask("train", self.broadcast(state), Fold.EACH, wants=ADAPTER)
         scales = payload_of(state.adapter, ()).scalars  # everybody's, whatever a client says
         averaged = adapter_of(replace(answers.mean(), scalars=scales), like=state.adapter)
         exact = exact_mean(answers)

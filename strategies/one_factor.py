@@ -36,7 +36,8 @@ class OneFactor(Strategy):
         return state
 
     def round(self, state: ServerState, cohort: Sequence[ClientInfo]) -> Generator[Ask, Answers, ServerState]:
-        answers = yield Ask(KINDS[self.trains(state)], self.broadcast(state))
+        trained = self.trains(state)
+        answers = yield Ask(KINDS[trained], self.broadcast(state), wants=(trained, Role.DENSE))
         return self.after(replace(state, adapter=adapter_of(answers.mean(), like=state.adapter)))
 
     def answer(self, ask: Ask, local: LocalModel, memory: Memory) -> Answer:

@@ -34,7 +34,7 @@ from fedtune.errors import StrategyError
 from fedtune.job import Job
 from fedtune.memory import Memory
 from fedtune.payload import Payload, Role, adapter_of, payload_of
-from fedtune.strategy import Answer, Answers, Ask, ClientInfo, Fold, LocalModel, Penalty, ServerState, Strategy
+from fedtune.strategy import ADAPTER, Answer, Answers, Ask, ClientInfo, Fold, LocalModel, Penalty, ServerState, Strategy
 
 Tensors = Mapping[str, Tensor]
 C = "c."  # before the name of the tensor that a control variate is of
@@ -66,7 +66,7 @@ class Scaffold(Strategy):
 
     def round(self, state: ServerState, cohort: Sequence[ClientInfo]) -> Generator[Ask, Answers, ServerState]:
         now = {"round": state.scalars["round"] + 1, "restarted": state.scalars["restarted"]}
-        answers = yield Ask("train", _with_controls(self.broadcast(state), state.tensors, now), Fold.SEEN)
+        answers = yield Ask("train", _with_controls(self.broadcast(state), state.tensors, now), Fold.SEEN, wants=ADAPTER)
         mean = answers.mean()
         adapter = adapter_of(mean, like=state.adapter)
         metrics = aggregation_error(exact_mean(answers), adapter.lora) if answers.visible else {}

@@ -150,7 +150,7 @@ def test_a_client_whose_tensors_differ_is_left_out_of_a_sum(play: Play) -> None:
         return Envelope({**envelope.header, "roles": roles}, envelope.tensors[1:])
 
     result = play("rounds.count=1", odd={("cy", 1): without_a_tensor})
-    assert result.records[1].clients["cy"].failed.startswith("refused: its tensors are not those of the other clients")
+    assert result.records[1].clients["cy"].failed.startswith("refused: it lacks model.layers.0.")
     assert [result.records[1].clients[client].examples for client in SIZES] == [4.0, 4.0, 0.0]
     assert numbers(result.adapter) == [14.0]  # (1 * 8 + 3 * 16) / 4
 
@@ -163,7 +163,7 @@ def test_stacking_leaves_out_who_sends_only_some_tensors(missing: str, play: Pla
     without = play("rounds.count=2", "strategy.name=flora", folder="without", odd={("cy", 2): _failing})
     reason = run.records[2].clients["cy"].failed
     assert reason is not None
-    assert reason.startswith("refused: its tensors are not those of the other clients")
+    assert reason.startswith("refused: it lacks model.layers.0.")
     assert (run.adapter / "adapter_model.safetensors").read_bytes() == (
         without.adapter / "adapter_model.safetensors"
     ).read_bytes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from fedtune.adapter import Adapter, Factors
 from fedtune.envelope import Envelope
 from fedtune.errors import ClientFailed, Refused
 from fedtune.payload import Payload, Role, payload_of
-from fedtune.strategy import Answer, ClientInfo, Fold
+from fedtune.strategy import ADAPTER, Answer, Ask, ClientInfo, Fold
 from fedtune.wire import pack_answer, pack_failure
 from server.gate import admit, misfits, schema_of
 
@@ -63,12 +64,12 @@ def test_vectors_have_any_name_and_shape() -> None:
 
 
 def test_the_rank_is_the_one_that_the_client_declared() -> None:
-    pair = Factors(torch.ones(1, 3), torch.ones(5, 1), 3.0)
+    pair = Factors(torch.ones(1, 3), torch.ones(5, 1), 1.5)
     answer = replace(GOOD, payload=payload_of(Adapter({"q": pair})))
     assert let_in(answer, client=replace(CLIENT, rank=1)).payload.tensors["q.lora_A"].shape == (1, 3)
     with pytest.raises(Refused, match=r"of shape \(1, 3\), wanted \(2, 3\)"):
         let_in(answer)
-    assert admit(pack_answer(answer, HEADER), "3.0", CLIENT, LIKE, 100.0, lower_rank=True).payload.scalars == {"q.scale": 3.0}
+    assert admit(pack_answer(answer, HEADER), "3.0", CLIENT, LIKE, 100.0, lower_rank=True).payload.scalars == {"q.scale": 1.5}
 
 
 @pytest.mark.parametrize(
@@ -95,8 +96,8 @@ def test_the_rank_is_the_one_that_the_client_declared() -> None:
         (changed("q.lora_A", PAIR.A, Role.DENSE), "'q.lora_A' came as dense, wanted lora_A"),
         (changed("head", torch.zeros(4, 3), Role.VECTOR), "'head' came as vector, wanted dense"),
         (with_scalar("k.scale", 1.0), "'k.scale' is no part of the adapter"),
-        (with_scalar("q.scale", 0.0), "'q.scale' is 0, wanted a scale above 0"),
-        (with_scalar("q.scale", -1.5), "'q.scale' is -1.5, wanted a scale above 0"),
+        (with_scalar("q.scale", 0.0), "'q.scale' is 0, wanted one of 1, 1.5"),
+        (with_scalar("q.scale", -1.5), "'q.scale' is -1.5, wanted one of 1, 1.5"),
     ],
 )
 def test_what_is_refused_and_why(answer: Answer, reason: str) -> None:
@@ -204,3 +205,24 @@ def test_whoever_names_another_scale_than_the_others_is_a_misfit_of_a_sum() -> N
 def test_nobody_is_a_misfit_among_equals_or_alone() -> None:
     schema = schema_of(GOOD)
     assert misfits({}) == misfits({"ann": schema}) == misfits({"ann": schema, "bob": schema}) == {}
+
+
+@pytest.mark.parametrize(
+    ("scale", "sent", "comes_in"), [(1.0, 1.5, True), (1.5, 1.5, True), (7.0, 7.0, True), (7.0, 1.5, False)]
+)
+def test_a_scale_is_the_clients_own_the_jobs_or_the_one_that_was_sent(scale: float, sent: float, comes_in: bool) -> None:
+    """The client declared 1, the job has 1.5: 7 comes in only if 7 was sent."""
+    ask = Ask("train", per_client={CLIENT.id: Payload(scalars={"q.scale": sent})})
+    envelope = pack_answer(with_scalar("q.scale", scale), HEADER)
+    with nullcontext() if comes_in else pytest.raises(Refused, match=r"'q.scale' is 7, wanted one of 1, 1.5$"):
+        admit(envelope, "3.0", CLIENT, LIKE, 100.0, ask=ask)
+
+
+@pytest.mark.parametrize(("wants", "lacks"), [((Role.A, Role.B), None), ((Role.CORE,), "q.lora_R"), (ADAPTER, "head.weight")])
+def test_what_was_asked_for_must_be_there(wants: tuple[Role, ...], lacks: str | None) -> None:
+    """GOOD has both factors of q and its scale; the job's head is another's."""
+    like = replace(LIKE, dense={"head.weight": torch.zeros(2)})
+    pair = Factors(torch.ones(2, 3), torch.ones(5, 2), 1.5)
+    envelope = pack_answer(replace(GOOD, payload=payload_of(Adapter({"q": pair}))), HEADER)
+    with nullcontext() if lacks is None else pytest.raises(Refused, match=f"it lacks {lacks}"):
+        admit(envelope, "3.0", CLIENT, like, 100.0, ask=Ask("train", wants=wants))
