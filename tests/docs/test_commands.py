@@ -68,7 +68,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "notes").mkdir()
     for client in ("north", "south"):
         (folder / "notes" / f"{client}.jsonl").write_text(ROWS, encoding="utf-8")
-    job, fleet = blocks("README.md", "toml")
+    fleet, job = blocks("README.md", "toml")
     load_fleet(folder, fleet)
     (folder / "notes.toml").write_text(job, encoding="utf-8")
     (folder / "path/to").mkdir(parents=True)

@@ -169,7 +169,7 @@ def test_a_client_that_is_not_in_the_data(refused: Refused) -> None:
 def test_a_strategy_that_cannot_work_with_these_clients(refused: Refused) -> None:
     said = refused("clients.ranks.ann=2")
     assert "needs one rank for all clients, given {'ann': 2, 'bob': 4, 'cy': 4}" in said
-    assert "type --set strategy.name=flora" in said
+    assert "--set strategy.name=flora" in said
 
 
 # the model
