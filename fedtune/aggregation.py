@@ -13,6 +13,7 @@ from fedtune.payload import adapter_of
 from fedtune.strategy import Answers
 
 METRIC = "aggregation_error"
+MOST = 2**28  # numbers that are stacked only to measure: 2 GiB in float64
 
 
 def exact_mean(answers: Answers, like: Adapter | None = None) -> dict[str, Factors]:
@@ -22,6 +23,14 @@ def exact_mean(answers: Answers, like: Adapter | None = None) -> dict[str, Facto
         for path, pair in adapter_of(answer.payload, like).lora.items():
             stacks.setdefault(path, lora.Stack()).add(pair, share)
     return {path: stack.pair() for path, stack in stacks.items()}
+
+
+def measured_error(answers: Answers, published: Adapter) -> dict[str, float]:
+    """`aggregation_error` of factors that were averaged. Nothing where no answer can be seen, or where the factors of all
+    clients are too many to be held at once for no other purpose."""
+    if not answers.visible or len(answers.weights) * published.parameters() > MOST:
+        return {}
+    return aggregation_error(exact_mean(answers), published.lora)
 
 
 def aggregation_error(exact: Mapping[str, Factors], published: Mapping[str, Factors]) -> dict[str, float]:

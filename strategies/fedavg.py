@@ -14,7 +14,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fedtune.aggregation import aggregation_error, exact_mean
+from fedtune.aggregation import measured_error
 from fedtune.memory import Memory
 from fedtune.payload import adapter_of, payload_of
 from fedtune.strategy import ADAPTER, Answer, Answers, Ask, ClientInfo, Fold, LocalModel, ServerState, Strategy
@@ -33,7 +33,7 @@ class FedAvg(Strategy):
     def round(self, state: ServerState, cohort: Sequence[ClientInfo]) -> Generator[Ask, Answers, ServerState]:
         answers = yield Ask("train", self.broadcast(state), Fold.SEEN, wants=ADAPTER)
         adapter = adapter_of(answers.mean(), like=state.adapter)
-        metrics = aggregation_error(exact_mean(answers), adapter.lora) if answers.visible else {}
+        metrics = measured_error(answers, adapter)
         return replace(state, adapter=adapter, metrics=metrics)
 
     def answer(self, ask: Ask, local: LocalModel, memory: Memory) -> Answer:

@@ -21,7 +21,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fedtune.aggregation import aggregation_error, exact_mean
+from fedtune.aggregation import measured_error
 from fedtune.payload import adapter_of, payload_of
 from fedtune.strategy import ADAPTER, Answers, Ask, ClientInfo, Fold, ServerState
 from strategies.fedavg import FedAvg
@@ -61,6 +61,4 @@ class Flower(FedAvg):
         arrays = wrapped.aggregated(number, sent.tensors, [answer for _, _, answer in answers])
         adapter = adapter_of(replace(sent, tensors=arrays), like=state.adapter)
         tensors, scalars = wrapped.remembered()
-        return ServerState(
-            adapter, tensors, {**scalars, "round": float(number)}, aggregation_error(exact_mean(answers), adapter.lora)
-        )
+        return ServerState(adapter, tensors, {**scalars, "round": float(number)}, measured_error(answers, adapter))

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fedtune import lora
 from fedtune.adapter import Adapter, Factors
-from fedtune.aggregation import OwnerMean, aggregation_error, exact_mean
+from fedtune.aggregation import OwnerMean, measured_error
 from fedtune.errors import StrategyError
 from fedtune.memory import Memory
 from fedtune.payload import Payload, Role, adapter_of, payload_of
@@ -74,7 +74,7 @@ class HetLoRA(Strategy):
         mean = {path: total.pair() for path, total in means.items()}
         owned = {path: lora.first(pair, largest(known, path, pair.rank)) for path, pair in mean.items()}
         dense = {**state.adapter.dense, **answers.mean([Role.DENSE]).tensors}
-        metrics = aggregation_error(exact_mean(answers), owned)
+        metrics = measured_error(answers, replace(state.adapter, lora=owned))
         return ServerState(replace(state.adapter, lora=owned, dense=dense), scalars=known, metrics=metrics)
 
     def _padded(self, path: str, pair: Factors, ranks: Mapping[str, Mapping[str, int]]) -> Factors:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fedtune.adapter import Adapter
-from fedtune.aggregation import aggregation_error, exact_mean
+from fedtune.aggregation import measured_error
 from fedtune.errors import StrategyError
 from fedtune.job import Job
 from fedtune.memory import Memory
@@ -69,7 +69,7 @@ class Scaffold(Strategy):
         answers = yield Ask("train", _with_controls(self.broadcast(state), state.tensors, now), Fold.SEEN, wants=ADAPTER)
         mean = answers.mean()
         adapter = adapter_of(mean, like=state.adapter)
-        metrics = aggregation_error(exact_mean(answers), adapter.lora) if answers.visible else {}
+        metrics = measured_error(answers, adapter)
         weights = {client.id: self._weight(client.examples) for client in cohort}
         return self._next(replace(state, adapter=adapter, metrics=metrics), mean, answers.weights, weights)
 

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedtune import aggregation
 from fedtune.adapter import Adapter, Factors
-from fedtune.aggregation import OwnerMean, aggregation_error, exact_mean, split
+from fedtune.aggregation import OwnerMean, aggregation_error, exact_mean, measured_error, split
 from fedtune.folding import FoldedAnswers
 from fedtune.payload import payload_of
 from fedtune.strategy import Answer, Fold
@@ -57,6 +58,18 @@ def test_where_nothing_was_learnt_the_error_is_what_was_published_instead() -> N
     nothing, something = Factors(torch.zeros(1, 2), torch.zeros(2, 1), 1.0), Factors(torch.ones(1, 2), torch.ones(2, 1), 1.0)
     assert aggregation_error({"m": nothing}, {"m": nothing})["aggregation_error"] == 0
     assert aggregation_error({"m": nothing}, {"m": something})["aggregation_error"] == pytest.approx(2)
+
+
+def test_what_is_too_large_to_stack_or_not_to_be_seen_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two clients, (5 + 4) x 2 numbers each: 36 may be stacked, 35 may not."""
+    one = pair(2, 1)
+    given, published = answers({"a": (1, one), "b": (1, one)}), Adapter({"m": one})
+    monkeypatch.setattr(aggregation, "MOST", 36)
+    assert measured_error(given, published)["aggregation_error"] == pytest.approx(0, abs=1e-7)
+    monkeypatch.setattr(aggregation, "MOST", 35)
+    assert measured_error(given, published) == {}
+    monkeypatch.undo()
+    assert measured_error(FoldedAnswers({"a": 1.0}, Fold.SUM, lambda _: Answer()), published) == {}
 
 
 def test_the_errors_of_modules_are_told_from_other_metrics() -> None:
