@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
 from rich.table import Table
@@ -13,11 +13,12 @@ from rich.text import Text
 from server import report_units as units
 from simulations.sweep_cell import Figures, Outcome
 
-HEADERS = ("strategy", "loss, everybody's", "loss, own files", "up", "down", "time", "aggregation error")
+HEADERS = ("strategy", "loss, everybody's", "to the best", "loss, own files", "up", "down", "time", "aggregation error")
 NOTE = (
     "Held-out loss after the last round, nats per token: mean ± sample standard deviation over the seeds. Everybody's: all "
-    "clients' examples together; own files: each client's own, mean over the clients. Of personal models, everybody's is the "
-    "mean over the clients' models. Bytes are per client and round, of training and evaluation both; time is of the whole run."
+    "clients' examples together; to the best: its difference to the first row, seed by seed; own files: each client's own, mean "
+    "over the clients. Of personal models, everybody's is the mean over the clients' models. Bytes are per client and round, of "
+    "training and evaluation both; time is of the whole run."
 )
 
 
@@ -35,9 +36,12 @@ class Spread:
         return cls(fmean(values), stdev(values) if len(values) > 1 else None)
 
     def __str__(self) -> str:
+        return self.written(lambda mean: f"{mean:.3f}")
+
+    def written(self, mean: Callable[[float], str]) -> str:
         if math.isnan(self.mean):
             return "diverged"
-        return f"{self.mean:.3f}" if self.std is None else f"{self.mean:.3f} ± {self.std:.3f}"
+        return mean(self.mean) if self.std is None else f"{mean(self.mean)} ± {self.std:.3f}"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,14 @@ class Row:
     name: str
     figures: tuple[Figures, ...]
     notes: tuple[str, ...] = ()  # what cannot be or failed
+    seeds: tuple[int, ...] = ()  # of the figures
+    to_best: str = "-"
+
+    def against(self, best: Row) -> str:
+        """The difference of the losses to those of another row, over the seeds that both have."""
+        theirs = {seed: figures.loss for seed, figures in zip(best.seeds, best.figures, strict=True)}
+        both = [f.loss - theirs[seed] for seed, f in zip(self.seeds, self.figures, strict=True) if seed in theirs]
+        return Spread.of(both).written(units.signed) if both and self is not best else "-"
 
     def spread(self, of: Callable[[Figures], float]) -> Spread:
         return Spread.of([of(figures) for figures in self.figures])
@@ -68,6 +80,7 @@ class Row:
         return (
             self.name,
             str(self.loss),
+            self.to_best,
             str(self.own),
             units.size(mean(lambda figures: figures.bytes_up)),
             units.size(mean(lambda figures: figures.bytes_down)),
@@ -89,7 +102,8 @@ def rows_of(outcomes: Iterable[Outcome], impossible: Mapping[str, str]) -> list[
         by_variant.setdefault(outcome.variant, []).append(outcome)
     rows = [_row(*item) for item in by_variant.items()]
     rows += [Row(name, (), (f"cannot: {reason}",)) for name, reason in impossible.items()]
-    return sorted(rows, key=lambda row: (not row.figures, _last(row.loss.mean) if row.figures else 0.0, row.name))
+    rows.sort(key=lambda row: (not row.figures, _last(row.loss.mean) if row.figures else 0.0, row.name))
+    return [replace(row, to_best=row.against(rows[0])) if row.figures else row for row in rows]
 
 
 def _row(variant: str, outcomes: Sequence[Outcome]) -> Row:
@@ -97,9 +111,9 @@ def _row(variant: str, outcomes: Sequence[Outcome]) -> Row:
     name = variant if variant == strategy else f"{variant} ({strategy})"
     troubles = dict.fromkeys(f"{outcome.state}: {outcome.reason}" for outcome in outcomes if outcome.state != "done")
     done = tuple(outcome.figures for outcome in outcomes if outcome.figures)
-    if done and troubles:
-        return Row(name, done, tuple(f"{len(done)} of {len(outcomes)} seeds, {trouble}" for trouble in troubles))
-    return Row(name, done, tuple(troubles))
+    seeds = tuple(outcome.seed for outcome in outcomes if outcome.figures)
+    few = f"{len(done)} of {len(outcomes)} seeds, " if done else ""
+    return Row(name, done, tuple(few + trouble for trouble in troubles), seeds)
 
 
 def base_cells(rows: Sequence[Row]) -> tuple[str, ...] | None:
@@ -107,7 +121,7 @@ def base_cells(rows: Sequence[Row]) -> tuple[str, ...] | None:
     of = [(row.spread(lambda f: f.base), row.spread(lambda f: f.base_own)) for row in rows if len(row.figures) == _most(rows)]
     if not of or any(not math.isclose(base.mean, of[0][0].mean, rel_tol=1e-3) for base, _ in of):
         return None
-    return ("base model", str(of[0][0]), str(of[0][1]), *["-"] * (len(HEADERS) - 3))
+    return ("base model", str(of[0][0]), "-", str(of[0][1]), *["-"] * (len(HEADERS) - 4))
 
 
 def rich_table(rows: Sequence[Row]) -> Table:

@@ -32,7 +32,8 @@ def test_mean_and_sample_deviation() -> None:
 
 
 def test_the_table_as_markdown() -> None:
-    """Losses 2.0 and 2.2 have the mean 2.1 and the deviation sqrt(0.01 + 0.01) = 0.141."""
+    """Losses 2.0 and 2.2 have the mean 2.1 and the deviation sqrt(0.01 + 0.01) = 0.141; so have the differences 0.1 and 0.3
+    to 1.9, seed by seed."""
     outcomes = [
         cell("fedavg", 0, aggregation_error=0.25), cell("fedavg", 1, loss=2.2, aggregation_error=0.5),
         cell("wide", 0, "flora", loss=1.9, exact=True), cell("wide", 1, "flora", loss=1.9, exact=True),
@@ -41,14 +42,14 @@ def test_the_table_as_markdown() -> None:
     ]  # fmt: skip
     wanted = f"""# demo: 2 seeds
 
-| strategy | loss, everybody's | loss, own files | up | down | time | aggregation error |
-|---|---:|---:|---:|---:|---:|---:|
-| wide (flora) | 1.900 ± 0.000 | 1.900 ± 0.000 | 1.5 MB | 300 B | 1 min 15 s | exact |
-| fedavg | 2.100 ± 0.141 | 1.900 ± 0.000 | 1.5 MB | 300 B | 1 min 15 s | 0.375 |
-| hot | diverged | 1.900 ± 0.000 | 1.5 MB | 300 B | 1 min 15 s | - |
-| bad\\|name | failed | - | - | - | - | - |
-| scaffold | cannot | - | - | - | - | - |
-| base model | 3.000 ± 0.000 | 3.100 ± 0.000 | - | - | - | - |
+| strategy | loss, everybody's | to the best | loss, own files | up | down | time | aggregation error |
+|---|---:|---:|---:|---:|---:|---:|---:|
+| wide (flora) | 1.900 ± 0.000 | - | 1.900 ± 0.000 | 1.5 MB | 300 B | 1 min 15 s | exact |
+| fedavg | 2.100 ± 0.141 | +0.200 ± 0.141 | 1.900 ± 0.000 | 1.5 MB | 300 B | 1 min 15 s | 0.375 |
+| hot | diverged | diverged | 1.900 ± 0.000 | 1.5 MB | 300 B | 1 min 15 s | - |
+| bad\\|name | failed | - | - | - | - | - | - |
+| scaffold | cannot | - | - | - | - | - | - |
+| base model | 3.000 ± 0.000 | - | 3.100 ± 0.000 | - | - | - | - |
 
 {NOTE}
 
@@ -56,6 +57,19 @@ def test_the_table_as_markdown() -> None:
 - scaffold: cannot: needs sgd
 """
     assert markdown("demo: 2 seeds", rows_of(outcomes, {"scaffold": "needs sgd"})) == wanted
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    """1.0 and 3.0 against 1.1 and 3.1: the losses scatter, the difference does not. Seed 1 of the third failed."""
+    rows = rows_of(
+        [
+            *(cell("best", seed, loss=loss) for seed, loss in enumerate([1.0, 3.0])),
+            *(cell("next", seed, loss=loss) for seed, loss in enumerate([1.1, 3.1])),
+            *(cell("last", seed, loss=loss) for seed, loss in ((1, 4.0), (2, 2.0))),
+        ],
+        {},
+    )
+    assert [(row.name, row.to_best) for row in rows] == [("best", "-"), ("next", "+0.100 ± 0.000"), ("last", "+1.000")]
 
 
 def test_seeds_that_failed_are_said_beside_the_others() -> None:
