@@ -16,9 +16,9 @@ from simulations.sweep_cell import Figures, Outcome
 HEADERS = ("strategy", "loss, everybody's", "to the best", "loss, own files", "up", "down", "time", "aggregation error")
 NOTE = (
     "Held-out loss after the last round, nats per token: mean ± sample standard deviation over the seeds. Everybody's: all "
-    "clients' examples together; to the best: its difference to the first row, seed by seed; own files: each client's own, mean "
-    "over the clients. Of personal models, everybody's is the mean over the clients' models. Bytes are per client and round, of "
-    "training and evaluation both; time is of the whole run."
+    "clients' examples together; to the best: its difference to the first row, seed by seed; own files: each client's own, "
+    "mean over the clients. Of personal models, everybody's is the mean over the clients' models. Bytes are per client and "
+    "round, of training and evaluation both; time is of the whole run."
 )
 
 
@@ -125,7 +125,8 @@ def base_cells(rows: Sequence[Row]) -> tuple[str, ...] | None:
 
 
 def rich_table(rows: Sequence[Row]) -> Table:
-    table = Table(*HEADERS[:1], box=None, header_style="bold", caption=NOTE, caption_justify="left")
+    table = Table(box=None, header_style="bold", caption=NOTE, caption_justify="left")
+    table.add_column(HEADERS[0], no_wrap=True)
     for header in HEADERS[1:]:
         table.add_column(header, justify="right")
     for row in rows:
