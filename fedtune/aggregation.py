@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 
@@ -54,25 +55,34 @@ def _ratio(missed: float, wanted: float) -> float:
 
 
 class OwnerMean:
-    """The weighted mean of A and of B, where row j of A and column j of B are averaged over the pairs that have them (rank
-    above j), with their weights renormalised. What nobody owns, or only with weight 0, is that of `otherwise`, whose rank
-    and scale the result has. Each pair's own scale is folded in, half into each factor."""
+    """The weighted mean of A and of B of unequal ranks, row by row of A and column by column of B. `rows` says what a pair
+    counts with where it lacks a row (its rank is not above j):
 
-    def __init__(self, otherwise: Factors) -> None:
-        (d, k), r = otherwise.shape, otherwise.rank
-        self._otherwise = otherwise
+        kept     the row of `start`, the pair that all were given parts of: who lacks a row leaves it as it was
+        padded   zeros
+        owned    nothing: weights are renormalised over the pairs that have the row
+
+    A row that nobody has, or only with weight 0, is that of `start`, whose rank and scale the result has. Each pair's own
+    scale is folded in, half into each factor."""
+
+    def __init__(self, start: Factors, rows: Literal["kept", "padded", "owned"] = "kept") -> None:
+        (d, k), r = start.shape, start.rank
+        self._start, self._rows, self._whole = start, rows, 0.0
         self._A, self._B = torch.zeros(r, k, dtype=torch.float64), torch.zeros(d, r, dtype=torch.float64)
-        self._owned = torch.zeros(r, dtype=torch.float64)  # the weight of those who have direction j
+        self._owned = torch.zeros(r, dtype=torch.float64)  # weight of those who have row j
 
     def add(self, pair: Factors, weight: float) -> None:
-        q, half = min(pair.rank, len(self._owned)), math.sqrt(pair.scale / self._otherwise.scale)
+        q, half = min(pair.rank, len(self._owned)), math.sqrt(pair.scale / self._start.scale)
         self._A[:q].add_(pair.A[:q].double(), alpha=weight * half)
         self._B[:, :q].add_(pair.B[:, :q].double(), alpha=weight * half)
         self._owned[:q] += weight
+        self._whole += weight
 
     def pair(self) -> Factors:
-        has_owner, known = self._owned > 0, self._otherwise
-        share = torch.where(has_owner, self._owned, 1.0)
-        A = torch.where(has_owner[:, None], self._A / share[:, None], known.A.double())
-        B = torch.where(has_owner, self._B / share, known.B.double())
-        return Factors(A.float(), B.float(), known.scale)
+        owned, start = self._owned > 0, self._start
+        over = self._owned if self._rows == "owned" else torch.full_like(self._owned, self._whole)
+        kept = (over - self._owned) * (self._rows == "kept")  # weight of `start` in row j
+        A = (self._A + kept[:, None] * start.A.double()) / over.where(owned, 1.0)[:, None]
+        B = (self._B + kept * start.B.double()) / over.where(owned, 1.0)
+        A, B = A.where(owned[:, None], start.A.double()), B.where(owned, start.B.double())
+        return Factors(A.float(), B.float(), start.scale)

@@ -1,12 +1,14 @@
 """HetLoRA (Cho et al., EMNLP 2024, arXiv 2401.06432): factors of unequal ranks are averaged row by row.
 
-    server: A[j] = sum_i w_i A_i[j] / sum_i w_i over the clients whose rank is above j, B likewise by columns
+    server: A[j] = sum_i w_i A_i[j] over the clients whose rank is above j, and what `rows` says for the others; B likewise
             w_i = |s_i B_i A_i|_F / sum_l |s_l B_l A_l|_F, the norm taken over all modules of a client together
     client: takes the first r_i rows and columns, and trains them
 
-The paper pads with zeros and divides by the whole weight, so rows that few clients own shrink each round; here a row is divided
-by the weight of its owners, and keeps its value where none of them took part. Scales are folded in, half into each factor,
-so clients may differ in alpha. Heads are averaged by examples.
+The paper pads with zeros (`rows = "padded"`), so rows that few clients own shrink each round. To divide a row by the weight
+of its owners (`"owned"`) keeps it, but gives the product of one client's own directions the weight of all: with ranks 2 to
+32 that diverged (docs/choosing-a-strategy.md). By default (`"kept"`) who lacks a row counts as having left it as it was, so
+that it neither shrinks nor grows without training. Scales are folded in, half into each factor, so clients may differ in
+alpha. Heads are averaged by examples.
 
 Self-pruning (`prune` above 0): `prune * sum |B[:, q:]| |A[q:, :]|`, q = floor(gamma r), is added to the loss; a client
 whose tail has less of that after training than before goes on with its first q directions, and from then on sends and gets
@@ -38,13 +40,14 @@ from strategies.nested import balanced, grown
 
 @dataclass(frozen=True)
 class HetLoRA(Strategy):
-    """HetLoRA: factors of unequal ranks averaged over their owners, larger updates weighing more; ranks can shrink."""
+    """HetLoRA: factors of unequal ranks averaged row by row, larger updates weighing more; ranks can shrink."""
 
     name: ClassVar[str] = "hetlora"
     paper: ClassVar[str] = "Cho et al., EMNLP 2024, arXiv 2401.06432"
     up: ClassVar[str] = "r*(d + k) + h"
     down: ClassVar[str] = "r*(d + k) + h"
     mixed_ranks: ClassVar[bool] = True
+    rows: Literal["kept", "padded", "owned"] = "kept"  # what counts for those who lack a row
     weights: Literal["sparsity", "examples", "both"] = "sparsity"  # both: the product of the two
     prune: float = 0.0  # how strongly the tail is held down; 0 never prunes
     gamma: float = 0.85  # share of the rank that pruning leaves
@@ -67,7 +70,7 @@ class HetLoRA(Strategy):
         sent = by_ranks(replace(state.adapter, lora=padded), ranks)
         answers = yield Ask("train", fold=Fold.EACH, per_client=sent, wants=ADAPTER)
         say, known = self._weights(answers), {**state.scalars, **ranks_of(answers)} if self.prune else {}
-        means = {path: OwnerMean(pair) for path, pair in padded.items()}
+        means = {path: OwnerMean(pair, self.rows) for path, pair in padded.items()}
         for id, _, answer in answers:
             for path, pair in adapter_of(answer.payload).lora.items():
                 means[path].add(pair, say[id])

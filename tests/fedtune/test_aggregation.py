@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -78,26 +79,31 @@ def test_the_errors_of_modules_are_told_from_other_metrics() -> None:
     assert others == {"aggregation_error": 0.5, "loss": 3.0}
 
 
-def test_a_row_is_averaged_over_those_who_have_it() -> None:
-    """Weights 1 and 3, ranks 1 and 2: row 0 is (1 a + 3 b) / 4, row 1 is b's alone, row 2 nobody's and stays."""
-    a, b, known = pair(1, 1), pair(2, 2), pair(3, 3)
-    mean = OwnerMean(known)
+@pytest.mark.parametrize(("rows", "own", "start"), [("kept", 0.75, 0.25), ("padded", 0.75, 0.0), ("owned", 1.0, 0.0)])
+def test_what_counts_for_those_who_lack_a_row(rows: Literal["kept", "padded", "owned"], own: float, start: float) -> None:
+    """Weights 1/4 and 3/4, ranks 1 and 2: row 0 is a/4 + 3b/4 for all; row 1 is b's beside what the other counts with, the row
+    that both were given, zeros, or nothing; row 2 is nobody's and stays."""
+    a, b, given = pair(1, 1), pair(2, 2), pair(3, 3)
+    mean = OwnerMean(given, rows)
     mean.add(a, 0.25)
     mean.add(b, 0.75)
     got = mean.pair()
-    torch.testing.assert_close(got.A, torch.stack([0.25 * a.A[0] + 0.75 * b.A[0], b.A[1], known.A[2]]))
-    columns = [0.25 * a.B[:, 0] + 0.75 * b.B[:, 0], b.B[:, 1], known.B[:, 2]]
+    torch.testing.assert_close(
+        got.A, torch.stack([0.25 * a.A[0] + 0.75 * b.A[0], own * b.A[1] + start * given.A[1], given.A[2]])
+    )
+    columns = [0.25 * a.B[:, 0] + 0.75 * b.B[:, 0], own * b.B[:, 1] + start * given.B[:, 1], given.B[:, 2]]
     torch.testing.assert_close(got.B, torch.stack(columns, dim=1))
 
 
-def test_a_row_whose_owners_have_no_weight_stays() -> None:
-    known = pair(2, 3)
-    mean = OwnerMean(known)
+@pytest.mark.parametrize("rows", ["kept", "padded", "owned"])
+def test_a_row_whose_owners_have_no_weight_stays(rows: Literal["kept", "padded", "owned"]) -> None:
+    given = pair(2, 3)
+    mean = OwnerMean(given, rows)
     mean.add(pair(1, 1), 1.0)
     mean.add(pair(2, 2), 0.0)
     got = mean.pair()
-    torch.testing.assert_close(got.A[1], known.A[1])
-    assert torch.isfinite(got.B).all()
+    torch.testing.assert_close(got.A[1], given.A[1])
+    torch.testing.assert_close(got.B[:, 1], given.B[:, 1])
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

@@ -19,6 +19,7 @@ from fedtune.testing import check_strategy, first_adapter, fleet, play_round, pr
 from strategies.hetlora import HetLoRA
 from tests.strategies.oracle import HEAD, Drifter, adapter, fleets, mean_product, mean_weight, relative, shares
 
+ROWS = ["kept", "padded", "owned"]
 WEIGHTS = ["sparsity", "examples", "both"]
 LARGE = {"square": (10, 10), "tall": (12, 9)}
 
@@ -45,22 +46,29 @@ def test_it_keeps_the_rules(strategy: HetLoRA, ranks: tuple[int, ...]) -> None:
     check_strategy(strategy, ranks)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(fleets(mixed=True), st.sampled_from(WEIGHTS))
-def test_row_j_is_averaged_over_the_clients_that_have_it(clients: dict[str, Drifter], weights: str) -> None:
-    """`sum_i w_i sqrt(s_i) A_i[j] / sum_i w_i` over r_i > j, and so for columns of B, at the server's scale of 1.5."""
-    strategy = HetLoRA(weights=weights)  # type: ignore[arg-type]
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(fleets(mixed=True), st.sampled_from(WEIGHTS), st.sampled_from(ROWS))
+def test_row_j_is_the_mean_of_those_who_have_it_and_of_what_counts_for_the_others(
+    clients: dict[str, Drifter], weights: str, rows: str
+) -> None:
+    """With P_j = sum_i w_i over r_i > j, the owners' sum of `sqrt(s_i) w_i A_i[j]` is divided by P_j (owned), or stands beside
+    (1 - P_j) times zeros (padded) or the row that was broadcast (kept); so for columns of B, at the server's scale of 1.5."""
+    strategy = HetLoRA(weights=weights, rows=rows)  # type: ignore[arg-type]
+    start = {id: client.rank for id, client in clients.items()}
+    still = {id: Drifter(rank=rank, scale=1.5, drift=0.0) for id, rank in start.items()}
+    play_round(strategy, strategy.start(adapter()), still)  # to see what is broadcast
+    given_rows = max(still.values(), key=lambda client: client.rank).trained.lora
     state, say = play_round(strategy, strategy.start(adapter()), clients), says(weights, clients)
     for path, pair in state.adapter.lora.items():
         assert pair.rank == max(client.rank for client in clients.values())
         for j in range(pair.rank):
-            owners = {id: say[id] for id, client in clients.items() if client.rank > j}
-            total = sum(owners.values())
-            trained = {id: clients[id].trained.lora[path] for id in owners}
-            A = sum((w / total * trained[id].scale ** 0.5 * trained[id].A[j].double() for id, w in owners.items()), 0.0)
-            B = sum((w / total * trained[id].scale ** 0.5 * trained[id].B[:, j].double() for id, w in owners.items()), 0.0)
-            torch.testing.assert_close(pair.A[j].double() * 1.5**0.5, A, rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(pair.B[:, j].double() * 1.5**0.5, B, rtol=1e-5, atol=1e-6)
+            owners = {id: clients[id].trained.lora[path] for id, client in clients.items() if client.rank > j}
+            P = sum(say[id] for id in owners)
+            for side, row in (("A", lambda m, j=j: m.A[j]), ("B", lambda m, j=j: m.B[:, j])):
+                own = sum((say[id] * m.scale**0.5 * row(m).double() for id, m in owners.items()), torch.zeros(()))
+                beside = (1 - P) * 1.5**0.5 * row(given_rows[path]).double() if rows == "kept" else 0.0
+                wanted = own / P if rows == "owned" else own + beside
+                torch.testing.assert_close(row(pair).double() * 1.5**0.5, wanted, rtol=1e-5, atol=1e-6, msg=f"{side}[{j}]")
     assert relative(state.adapter.dense[HEAD], mean_weight(clients, HEAD)) < 1e-6
 
 
@@ -74,11 +82,24 @@ def test_the_error_is_the_distance_from_the_exact_mean(weights: str) -> None:
         assert wanted > 0.1
 
 
-def test_a_row_with_one_owner_does_not_shrink() -> None:
-    """Padding with zeros and dividing by the whole weight would halve what only `b` has."""
+@pytest.mark.parametrize(("rows", "of_own"), [("owned", 1.0), ("padded", 0.5)])
+def test_a_row_with_one_owner_shrinks_where_zeros_count(rows: str, of_own: float) -> None:
+    """Padding halves what only `b` has of two clients; renormalised, it stays. Kept, it moves half of the way that `b` went,
+    and not at all where `b` stands still."""
     clients = {"a": Drifter(rank=1, seed=1), "b": Drifter(rank=2, seed=2, scale=1.5)}
-    state = play_round(HetLoRA(), HetLoRA().start(adapter()), clients)
-    torch.testing.assert_close(state.adapter.lora["tall"].A[1], clients["b"].trained.lora["tall"].A[1])
+    strategy = HetLoRA(rows=rows, weights="examples")  # type: ignore[arg-type]
+    state = play_round(strategy, strategy.start(adapter()), clients)
+    torch.testing.assert_close(state.adapter.lora["tall"].A[1], of_own * clients["b"].trained.lora["tall"].A[1])
+
+
+def test_a_row_that_few_have_neither_shrinks_nor_grows_without_training() -> None:
+    clients = {"a": Drifter(rank=1, seed=1), "b": Drifter(rank=2, seed=2, scale=1.5)}
+    before = play_round(HetLoRA(), HetLoRA().start(adapter()), clients)
+    for client in clients.values():
+        client.drift = 0.0
+    after = play_round(HetLoRA(), before, clients)
+    for path, pair in after.adapter.lora.items():
+        assert relative(product(pair), product(before.adapter.lora[path])) < 1e-6
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
