@@ -186,6 +186,7 @@ class Strategy(ABC):
     down: ClassVar[str] = ""  # of the ask to train
     exact: ClassVar[bool] = False  # what is published is the exact weighted mean, whatever the clients do
     mixed_ranks: ClassVar[bool] = False  # clients may train different ranks
+    truncates: ClassVar[bool] = False  # a client of small rank loses what lies beyond it, even if nobody learns anything
     secure_sum: ClassVar[bool] = False  # only sums are asked for: works where no single answer can be seen
     personal: ClassVar[bool] = False  # each client ends with a model of its own
 

@@ -40,6 +40,7 @@ class FlexLoRA(Strategy):
     up: ClassVar[str] = "r*(d + k) + h"
     down: ClassVar[str] = "min(r, d, k)*(d + k) + h"
     mixed_ranks: ClassVar[bool] = True
+    truncates: ClassVar[bool] = True
     max_rank: int | None = None  # of what is kept and published; by default the largest rank of a client so far
     seed: int = 0  # of the rows of A that a client starts from where M has too few directions
 

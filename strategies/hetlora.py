@@ -4,11 +4,10 @@
             w_i = |s_i B_i A_i|_F / sum_l |s_l B_l A_l|_F, the norm taken over all modules of a client together
     client: takes the first r_i rows and columns, and trains them
 
-The paper pads with zeros (`rows = "padded"`), so rows that few clients own shrink each round. To divide a row by the weight
-of its owners (`"owned"`) keeps it, but gives the product of one client's own directions the weight of all: with ranks 2 to
-32 that diverged (docs/choosing-a-strategy.md). By default (`"kept"`) who lacks a row counts as having left it as it was, so
-that it neither shrinks nor grows without training. Scales are folded in, half into each factor, so clients may differ in
-alpha. Heads are averaged by examples.
+Padding with zeros (`rows = "padded"`) shrinks the rows that few clients own, in every round. With `"kept"` who lacks a row
+counts as having left it as it was. To divide a row by the weight of its owners (`"owned"`) gives the product of one client's
+own directions the weight of all: with ranks 2 to 32 that diverged, and padding was best (docs/choosing-a-strategy.md).
+Scales are folded in, half into each factor, so clients may differ in alpha. Heads are averaged by examples.
 
 Self-pruning (`prune` above 0): `prune * sum |B[:, q:]| |A[q:, :]|`, q = floor(gamma r), is added to the loss; a client
 whose tail has less of that after training than before goes on with its first q directions, and from then on sends and gets
@@ -47,7 +46,8 @@ class HetLoRA(Strategy):
     up: ClassVar[str] = "r*(d + k) + h"
     down: ClassVar[str] = "r*(d + k) + h"
     mixed_ranks: ClassVar[bool] = True
-    rows: Literal["kept", "padded", "owned"] = "kept"  # what counts for those who lack a row
+    truncates: ClassVar[bool] = True
+    rows: Literal["padded", "kept", "owned"] = "padded"  # what counts for those who lack a row
     weights: Literal["sparsity", "examples", "both"] = "sparsity"  # both: the product of the two
     prune: float = 0.0  # how strongly the tail is held down; 0 never prunes
     gamma: float = 0.85  # share of the rank that pruning leaves

@@ -40,7 +40,7 @@ def says(weights: str, clients: Mapping[str, Drifter]) -> dict[str, float]:
     return {id: value / sum(say.values()) for id, value in say.items()}
 
 
-@pytest.mark.parametrize("strategy", [*(HetLoRA(weights=w) for w in WEIGHTS), HetLoRA(prune=0.1)])  # type: ignore[arg-type]
+@pytest.mark.parametrize("strategy", [*(HetLoRA(w, r) for w in ROWS for r in WEIGHTS), HetLoRA(prune=0.1)])  # type: ignore[arg-type]
 @pytest.mark.parametrize("ranks", [(2, 2, 2), (1, 3, 2)])
 def test_it_keeps_the_rules(strategy: HetLoRA, ranks: tuple[int, ...]) -> None:
     check_strategy(strategy, ranks)
@@ -92,16 +92,6 @@ def test_a_row_with_one_owner_shrinks_where_zeros_count(rows: str, of_own: float
     torch.testing.assert_close(state.adapter.lora["tall"].A[1], of_own * clients["b"].trained.lora["tall"].A[1])
 
 
-def test_a_row_that_few_have_neither_shrinks_nor_grows_without_training() -> None:
-    clients = {"a": Drifter(rank=1, seed=1), "b": Drifter(rank=2, seed=2, scale=1.5)}
-    before = play_round(HetLoRA(), HetLoRA().start(adapter()), clients)
-    for client in clients.values():
-        client.drift = 0.0
-    after = play_round(HetLoRA(), before, clients)
-    for path, pair in after.adapter.lora.items():
-        assert relative(product(pair), product(before.adapter.lora[path])) < 1e-6
-
-
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_when_nobody_has_learnt_examples_decide_and_nothing_is_nan(weights: str) -> None:
     strategy = HetLoRA(weights=weights)  # type: ignore[arg-type]
@@ -145,12 +135,14 @@ def test_rows_that_no_one_trained_this_round_are_kept() -> None:
         assert not torch.equal(after.adapter.lora[path].A[0], pair.A[0])
 
 
-def test_zero_updates_change_nothing_after_training() -> None:
-    clients = unlike()
-    state = play_round(HetLoRA(), HetLoRA().start(adapter()), clients)
+@pytest.mark.parametrize("rows", ["kept", "owned"])
+def test_zero_updates_change_nothing_after_training(rows: str) -> None:
+    """Padding alone shrinks what few have."""
+    clients, strategy = unlike(), HetLoRA(rows=rows)  # type: ignore[arg-type]
+    state = play_round(strategy, strategy.start(adapter()), clients)
     for client in clients.values():
         client.drift = 0.0
-    after = play_round(HetLoRA(), state, clients)
+    after = play_round(strategy, state, clients)
     for path, pair in state.adapter.lora.items():
         assert relative(product(after.adapter.lora[path]), product(pair)) < 1e-6
 
