@@ -6,7 +6,7 @@ Notation: a pair stands for M = s B A with B (d, r), A (r, k). Sums are taken in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,11 +56,30 @@ def product_norm(pair: Factors) -> float:
 
 def svd(pair: Factors) -> tuple[Tensor, Tensor, Tensor]:
     """U (d, q), S (q,), V^T (q, k) of s B A with q = min(r, d, k), in float64: two thin QR and one r x r SVD."""
-    Qb, Rb = torch.linalg.qr(pair.B.double())  # (d, q1), (q1, r)
-    Qa, Ra = torch.linalg.qr(pair.A.double().T)  # (k, q2), (q2, r)
-    U, S, Vt = torch.linalg.svd(pair.scale * Rb @ Ra.T, full_matrices=False)
-    signs = torch.sign(largest_entries(Vt := Vt @ Qa.T))  # an SVD leaves signs open: fix them
-    return (Qb @ U) * signs, S, Vt * signs[:, None]
+    return leading(pair, len)
+
+
+def leading(pair: Factors, choose: Callable[[Tensor], int]) -> tuple[Tensor, Tensor, Tensor]:
+    """As `svd`, with the first n columns of U and rows of V^T only, where n is what `choose` makes of S: Q is never formed,
+    but applied to these."""
+    left, right = torch.geqrf(pair.B.double()), torch.geqrf(pair.A.double().T)
+    U, S, Vt = torch.linalg.svd(pair.scale * _triangle(left[0]) @ _triangle(right[0]).T, full_matrices=False)
+    n = choose(S)
+    U, V = _times_q(*left, U[:, :n]), _times_q(*right, Vt[:n].T)  # (d, n), (k, n)
+    signs = torch.sign(largest_entries(V.T))  # an SVD leaves signs open: fix them
+    return U * signs, S, (V * signs).T
+
+
+def _triangle(reflectors: Tensor) -> Tensor:
+    """R (min(m, r), r) of a QR as LAPACK leaves it."""
+    return reflectors[: min(reflectors.shape)].triu()
+
+
+def _times_q(reflectors: Tensor, tau: Tensor, X: Tensor) -> Tensor:
+    """`Q X` with X (min(m, r), n)."""
+    padded_x = X.new_zeros(reflectors.shape[0], X.shape[1])
+    padded_x[: X.shape[0]] = X
+    return torch.ormqr(reflectors[:, : len(tau)], tau, padded_x)
 
 
 def largest_entries(rows: Tensor) -> Tensor:
@@ -76,17 +95,22 @@ def refactor(pair: Factors, rank: int, row_norm: float | None = None, energy: fl
     The singular values are split evenly (`B = U sqrt(S)`, `A = sqrt(S) V^T`), or, with `row_norm`, all stand in B and
     each row of A has that norm. The scale of the result is 1.
     """
-    U, S, Vt = svd(pair)
-    squared = S.square()
+    U, S, Vt = leading(pair, lambda S: directions(S, rank, energy))
+    kept, squared = U.shape[1], S.square()
     total = squared.sum().item()
-    above_noise = int((S[:1] * FLOAT32_NOISE < S).sum())
-    enough = len(S) if energy >= 1 else 1 + int((squared.cumsum(0) < energy * total).sum())
-    kept = min(rank, len(S), max(1, above_noise), enough)
     discarded = squared[kept:].sum().item() / total if total > 0 else 0.0
     S = S[:kept]
     on_a = S.sqrt() if row_norm is None else torch.full_like(S, row_norm)
     on_b = S.sqrt() if row_norm is None else S / row_norm
-    return Factors((on_a[:, None] * Vt[:kept]).float(), (U[:, :kept] * on_b).float(), 1.0), discarded
+    return Factors((on_a[:, None] * Vt).float(), (U * on_b).float(), 1.0), discarded
+
+
+def directions(S: Tensor, rank: int, energy: float = 1.0) -> int:
+    """How many of these singular values to keep."""
+    squared = S.square()
+    above_noise = int((S[:1] * FLOAT32_NOISE < S).sum())
+    holding = len(S) if energy >= 1 else 1 + int((squared.cumsum(0) < energy * squared.sum()).sum())
+    return min(rank, len(S), max(1, above_noise), holding)
 
 
 def of_matrix(matrix: Tensor) -> Factors:
