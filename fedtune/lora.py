@@ -163,13 +163,6 @@ def residual(pairs: Sequence[Factors], weights: Sequence[float], published: Fact
     return stack([*pairs, published], [*weights, -1.0])
 
 
-def mean_error(pairs: Sequence[Factors], weights: Sequence[float], published: Factors) -> float:
-    """Norm of the residual over the norm of the exact weighted mean; 0 where both vanish."""
-    wanted = product_norm(stack(pairs, weights))
-    missed = product_norm(residual(pairs, weights, published))
-    return missed / wanted if wanted > 0 else missed
-
-
 def merged(weight: Tensor, pairs: Iterable[Factors], transposed: bool = False) -> Tensor:
     """`weight` (d, k) plus the products, added in float32 and rounded once to the weight's own dtype.
 

@@ -5,7 +5,7 @@ No model and no data are loaded. So a plug-in is counted as the built-ins are, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -60,7 +60,7 @@ class Stand(Ranked):
     def evaluate(self) -> Mapping[str, float]:
         return {}
 
-    def _changed(self, change) -> Adapter:  # type: ignore[no-untyped-def]
+    def _changed(self, change: Callable[[str, Tensor], Tensor]) -> Adapter:
         lora = {p: Factors(change("A", pair.A), change("B", pair.B), pair.scale) for p, pair in self._slot.lora.items()}
         return replace(self._slot, lora=lora, dense={n: change("dense", t) for n, t in self._slot.dense.items()})
 

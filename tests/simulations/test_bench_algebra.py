@@ -9,6 +9,7 @@ import torch
 
 from fedtune import lora
 from fedtune.adapter import Factors
+from fedtune.aggregation import aggregation_error
 from fedtune.folding import weighted_mean
 from fedtune.payload import Payload, Role
 from fedtune.strategy import Answer
@@ -31,7 +32,7 @@ ON_FACTORS: dict[str, Callable[[list[Factors]], object]] = {
     "compact": lambda pairs: lora.compact(lora.stack(pairs, WEIGHTS)),
     "product_norm": lambda pairs: lora.product_norm(lora.stack(pairs, WEIGHTS)),
     "residual": lambda pairs: lora.residual(pairs, WEIGHTS, pairs[0]),
-    "mean_error": lambda pairs: lora.mean_error(pairs, WEIGHTS, pairs[0]),
+    "aggregation_error": lambda pairs: aggregation_error({"m": lora.stack(pairs, WEIGHTS)}, {"m": pairs[0]}),
 }
 
 
