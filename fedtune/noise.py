@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     NORMALS = 1  # two bytes for each position: which of 65,536 equally likely steps of a normal distribution
     MASK = 2  # a byte for each position: whether a sparse direction moves it
     ROWS = 4  # words for which rows of a Hadamard matrix to take
+    WIRE = 5  # what the stages of a codec draw: dither, positions, signs
 
 
 @lru_cache(maxsize=4096)
