@@ -27,8 +27,14 @@ from fedtune.envelope import Envelope
 from fedtune.errors import ClientFailed, DataError, FedtuneError, JobError, nearest
 from fedtune.job import Clients, Job
 from fedtune.memory import Memory
+from fedtune.payload import Payload, payload_of
 from fedtune.strategy import Answer, Ask
-from fedtune.wire import pack_answer, pack_failure, unpack_ask
+from fedtune.wire import pack_answer, pack_failure
+from fedtune.wire.ends import ClientEnd, outdated
+from fedtune.wire.presets import Wire
+from fedtune.wire.versions import Outdated
+
+MODELS = 4  # of which an ask has no more numbers
 
 
 class Trainer:
@@ -96,16 +102,16 @@ class Trainer:
 
     def answer(self, envelope: Envelope, client: str | None = None) -> Envelope:
         """The answer to one ask, or a failure with its reason. `client` names one of many in simulation."""
-        began = time.perf_counter()
         client = client or self.clients[0]
         header = {key: envelope.header.get(key) for key in ("ask", "run", "round")} | {"client": client}
         try:
             if envelope.header.get("kind") == "hello":
                 return pack_answer(Answer(), header | self._hello(client))
-            answer = self._answered(envelope, client)
+            return self._answered(envelope, client, header)
+        except Outdated as error:
+            return outdated(pack_failure(str(error), header))
         except Exception as error:  # whatever a strategy's half may raise
             return pack_failure(_reason(error), header)
-        return pack_answer(answer, header | {"base": self.resident.base, "seconds": time.perf_counter() - began})
 
     def local(self, client: str, round: int) -> Local:
         return Local(self.resident, self.data(client), self.job, client, round)
@@ -123,20 +129,37 @@ class Trainer:
         own = {"examples": len(self.data(client).train), "rank": rank, "scale": scale, "base": self.resident.base}
         return own | {"limits": self.job.limits_of(client)}
 
-    def _answered(self, envelope: Envelope, client: str) -> Answer:
+    def _answered(self, envelope: Envelope, client: str, header: dict[str, Any]) -> Envelope:
+        began = time.perf_counter()
         if envelope.header.get("base") != self.resident.base:
             asked = envelope.header.get("base")
             raise ClientFailed(
                 f"the ask is for base model {asked}, this client has {self.resident.base}: use the same model files"
             )
-        ask, round = unpack_ask(envelope), int(envelope.header["round"])
-        local, memory = self.local(client, round), self.memory(client)
-        answer = self._half(ask, local, memory)
+        round, memory = int(envelope.header["round"]), self.memory(client)
+        wire = ClientEnd(self._wire, memory, client, self._start, self._most)
+        ask = wire.ask(envelope)
+        answer = self._half(ask, self.local(client, round), memory)
+        about = header | {"base": self.resident.base, "seconds": time.perf_counter() - began}
+        packed = wire.answer(answer, ask, about)
         if self._directory:
             memory.save(self._memory_file(self._directory, client))
             if self.strategy.personal and ask.kind == "evaluate":  # then what it uses lies in the slot
                 self.write_own(client, round, self._own_folder(self._directory, client))
-        return answer
+        return packed
+
+    @cached_property
+    def _wire(self) -> Wire:
+        return self.job.make_wire()
+
+    def _start(self) -> Payload:
+        """The adapter that the job starts from, which the server knows too."""
+        return payload_of(self._plan.adapter)
+
+    @cached_property
+    def _most(self) -> int:
+        """Numbers that an ask can have: nothing that a method sends is as large as a few models."""
+        return MODELS * sum(self._plan.sizes.values())
 
     def _own_folder(self, directory: Path, client: str) -> Path:
         return directory / "adapter"

@@ -34,6 +34,9 @@ class Envelope:
     def header_json(self) -> str:
         return json.dumps(self.header, sort_keys=True, separators=(",", ":"))
 
+    def header_size(self) -> int:
+        return len(self.header_json().encode())
+
     def size(self) -> int:
         """Bytes that this message costs: tensors and header, without what the transport adds."""
-        return len(self.header_json().encode()) + sum(len(tensor.data) for tensor in self.tensors)
+        return self.header_size() + sum(len(tensor.data) for tensor in self.tensors)

@@ -19,11 +19,16 @@ from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_va
 
 from fedtune.errors import JobError, nearest
 from fedtune.job_sections import ALL, AdapterSettings, Clients, Data, Machine, Model, Rounds, Section, StrategySettings, Train
+from fedtune.job_sections import Wire as WireSettings
 from fedtune.registry import settings_of, strategy_from
 from fedtune.strategy import Strategy
+from fedtune.wire.presets import Wire, wire_of
 
 __all__ = ["Clients", "Data", "Job", "Model", "Rounds", "StrategySettings", "Train", "checked_job", "known_keys", "load_job"]
 __all__ += ["set_key"]
+
+
+SHORT = {"strategy": "name", "wire": "preset"}  # tables that a word stands for, and the key that it sets
 
 
 class Job(Section):
@@ -38,6 +43,7 @@ class Job(Section):
     train: Train = Train()
     rounds: Rounds = Rounds()
     strategy: StrategySettings = StrategySettings()
+    wire: WireSettings = WireSettings()
     machine: Machine = Machine()
     variants: Mapping[str, Mapping[str, Any]] = Field(
         default_factory=dict, description="other settings under a name, for `fedtune compare`; a run leaves them alone"
@@ -46,16 +52,20 @@ class Job(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _strategy_by_name(cls, given: Any) -> Any:
-        """`strategy = "flora"` is short for `strategy.name = "flora"`."""
-        if isinstance(given, dict) and isinstance(given.get("strategy"), str):
-            return {**given, "strategy": {"name": given["strategy"]}}
-        return given
+    def _short_forms(cls, given: Any) -> Any:
+        """`strategy = "flora"` is short for `strategy.name = "flora"`, and `wire = "tiny"` for `wire.preset = "tiny"`."""
+        if not isinstance(given, dict):
+            return given
+        return {**given, **{key: {name: given[key]} for key, name in SHORT.items() if isinstance(given.get(key), str)}}
 
     def make_strategy(self) -> Strategy:
         """With the job's seed, where the method draws and its settings name no other."""
         drawn = {"seed": self.seed} if "seed" in settings_of(self.strategy.name) else {}
         return strategy_from(self.strategy.name, {**drawn, **self.strategy.settings})
+
+    def make_wire(self) -> Wire:
+        """How messages travel. Raises JobError where a codec cannot be, or loses what the method needs."""
+        return wire_of(self, self.make_strategy())
 
     def rank_of(self, client: str) -> int:
         own = self.clients.ranks.get(client)
@@ -101,6 +111,7 @@ def checked_job(given: Mapping[str, Any], where: str) -> Job:
     except ValidationError as error:
         raise JobError(f"{where}: {_first_problem(error, given)}") from error
     job.make_strategy().check_job(job)
+    job.make_wire()
     return job
 
 
@@ -124,8 +135,8 @@ def set_key(given: dict[str, Any], override: str) -> None:
         raise JobError(f"--set {override}: wanted key=value, such as --set train.lr=1e-3")
     for part in parts[:-1]:
         inner = given.setdefault(part, {})
-        if isinstance(inner, str) and part == "strategy":
-            inner = given[part] = {"name": inner}
+        if isinstance(inner, str) and part in SHORT:
+            inner = given[part] = {SHORT[part]: inner}
         if not isinstance(inner, dict):
             raise JobError(f"--set {override}: '{part}' is a value, not a table")
         given = inner

@@ -170,6 +170,22 @@ class StrategySettings(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
+class Wire(Section):
+    """How small messages are. A codec is a row of stages: `topk(0.1) | int8 | entropy`."""
+
+    preset: Literal["plain", "lossless", "balanced", "tiny"] = Field(
+        "balanced", description="codecs for what is not named here"
+    )
+    up: str | None = Field(None, description="codec of updates, as differences to what the client was sent")
+    down: str | None = Field(None, description="codec of broadcasts, as differences to what the client has")
+    first: str | None = Field(None, description="codec of tensors of which the other side has no version")
+    feedback: Literal["auto", "always", "never"] = Field(
+        "auto", description="clients send later what their codec lost; auto: where its mean is not right by itself"
+    )
+    decay: float = Field(0.9, ge=0, le=1, description="what a round without the client leaves of what its codec lost")
+    versions: PositiveInt = Field(8, description="broadcasts that the server remembers; older clients are sent everything")
+
+
 class Machine(Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     threads: NonNegativeInt = Field(0, description="of torch on the CPU; 0 leaves its default")

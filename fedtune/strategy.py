@@ -163,6 +163,17 @@ class Strategy(ABC):
     truncates: ClassVar[bool] = False  # a client of small rank loses what lies beyond it, even if nobody learns anything
     secure_sum: ClassVar[bool] = False  # only sums are asked for: works where no single answer can be seen
     personal: ClassVar[bool] = False  # each client ends with a model of its own
+    steady: ClassVar[bool] = True  # a number of an answer means the same in every round: what a codec loses can follow later
+
+    @property
+    def exact_up(self) -> str:
+        """Why answers must arrive bit for bit; empty where a codec may lose a little."""
+        return ""
+
+    @property
+    def exact_down(self) -> str:
+        """Why asks must arrive bit for bit."""
+        return ""
 
     @property
     def trains_whole(self) -> bool:

@@ -13,9 +13,11 @@ from fedtune import __version__
 from fedtune.base import blueprint
 from fedtune.errors import StrategyError
 from fedtune.job import Job
+from fedtune.payload import payload_of
 from fedtune.recipe import Recipe
 from fedtune.seeds import seed_of
 from fedtune.strategy import ClientInfo, ServerState, Strategy
+from fedtune.wire.ends import ServerEnd
 from server.meeting import meet
 from server.records import RoundRecord, Watcher
 from server.round import Federation, Round
@@ -62,7 +64,8 @@ def run_job(job: Job, grid: Grid, folder: Path, watcher: Watcher, write_model: b
     strategy.check(list(clients.values()))
     _require_the_jobs_rank(job, strategy, clients)
     state = strategy.start(plan.adapter)
-    federation = Federation(job, strategy, plan, grid, clients, nodes, watcher)
+    wire = ServerEnd(job.make_wire(), payload_of(plan.adapter))
+    federation = Federation(job, strategy, plan, grid, clients, nodes, watcher, wire)
     run = RunFolder.create(folder, job)
     watcher.started(job, {client.id: client.examples for client in clients.values()})
     records = []
@@ -96,7 +99,7 @@ def before_training(federation: Federation, run: RunFolder, state: ServerState) 
 
 def play(federation: Federation, run: RunFolder, state: ServerState, number: int) -> tuple[ServerState, RoundRecord]:
     """One round: train with a cohort, publish, and evaluate where it is due."""
-    every, cohort = federation.job.rounds.evaluate_every, draw_cohort(federation, number)
+    every, cohort = federation.job.rounds.evaluate_every, draw_cohort(federation.job, federation.clients, number)
     due = every > 0 and number % every == 0
     with Round(federation, run, number, federation.clients if due else [client.id for client in cohort]) as round:
         state = round.train(state, cohort)
@@ -107,10 +110,10 @@ def play(federation: Federation, run: RunFolder, state: ServerState, number: int
         return state, round.report(state.metrics, state.selected)
 
 
-def draw_cohort(federation: Federation, number: int) -> list[ClientInfo]:
+def draw_cohort(job: Job, clients: Mapping[str, ClientInfo], number: int) -> list[ClientInfo]:
     """The clients of a round, by id: drawn without replacement, in an order that depends on (seed, round) alone."""
-    seed, wanted = federation.job.seed, federation.job.rounds.clients or len(federation.clients)
-    drawn = sorted(federation.clients.values(), key=lambda client: seed_of(seed, number, "cohort", client.id))[:wanted]
+    seed, wanted = job.seed, job.rounds.clients or len(clients)
+    drawn = sorted(clients.values(), key=lambda client: seed_of(seed, number, "cohort", client.id))[:wanted]
     return sorted(drawn, key=lambda client: client.id)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
@@ -35,6 +35,7 @@ def admit(
     lower_rank: bool = False,
     ask: Ask = NOTHING_ASKED,
     shapes: Shapes = NO_SHAPES,
+    decode: Callable[[Envelope], Answer] = unpack_answer,
 ) -> Answer:
     """The answer to `ask`, if it may enter; `lower_rank` says whether a client may send less than the rank that it
     declared, and `shapes` are those of the model's own weights, where they were asked for. Raises Refused, or ClientFailed with
@@ -43,7 +44,7 @@ def admit(
     if header.get("ask") != ask_id:
         raise Refused(f"it answers ask {header.get('ask')}, wanted {ask_id}")
     try:
-        answer = unpack_answer(envelope)
+        answer = decode(envelope)
     except MalformedMessage as error:
         raise Refused(str(error)) from error
     if header.get("base") != like.base:

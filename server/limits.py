@@ -5,13 +5,27 @@ A slope moves every weight of the model, and a seed stands for a direction: neit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor
 
+from fedtune.base import Blueprint
 from fedtune.errors import Refused
 from fedtune.payload import Role
-from fedtune.strategy import Answer, Limits
+from fedtune.strategy import Answer, Ask, ClientInfo, Limits
+
+SLACK = 2**20  # numbers beside what can be counted: vectors of which only the method knows
+TIMES = 4  # adapters in one answer: control variates, gradients and the like beside the adapter itself
+
+
+def most_numbers(ask: Ask, client: ClientInfo, plan: Blueprint) -> int:
+    """That an answer can have, before a byte of it is read."""
+    adapter = sum(client.rank_of(path) * sum(pair.shape) for path, pair in plan.adapter.lora.items())
+    adapter += sum(tensor.numel() for tensor in plan.adapter.dense.values())
+    sent = sum(tensor.numel() for tensor in ask.payload_for(client.id).tensors.values())
+    own = sum(math.prod(plan.shapes.get(name, ())) for name in ask.tensors.get(client.id, ()))
+    return TIMES * adapter + sent + own + sum(limits.longest for limits in ask.vectors.values()) + SLACK
 
 
 def require_vectors(answer: Answer, wanted: Mapping[str, Limits]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 
 from flwr.serverapp import Grid
@@ -16,9 +17,10 @@ from fedtune.envelope import Envelope
 from fedtune.errors import ClientFailed, Refused, RoundFailed
 from fedtune.job import Job
 from fedtune.strategy import Answer, Answers, Ask, ClientInfo, Fold, ServerState, Strategy
-from fedtune.wire import pack_ask
+from fedtune.wire.ends import ServerEnd
 from server.exchange import exchange
 from server.gate import admit, misfits, schema_of
+from server.limits import most_numbers
 from server.records import RoundRecord, Watcher
 from server.run_folder import RunFolder, writing
 from server.spool import Spool, SpooledAnswers
@@ -38,6 +40,7 @@ class Federation:
     clients: Mapping[str, ClientInfo]
     nodes: Mapping[str, int]  # client id -> node of the grid
     watcher: Watcher
+    wire: ServerEnd
 
 
 class Round:
@@ -102,22 +105,42 @@ class Round:
         for client in weights:
             self.tally.trained(client, metrics[client])
         self._require_quorum(len(weights), len(cohort))
-        return SpooledAnswers(spool, weights, ask.fold)
+        return SpooledAnswers(spool, weights, ask.fold, self._decoding(ask))
 
     def _admitted(self, clients: Sequence[str], ask: Ask, ask_id: str) -> Iterator[tuple[str, Answer, Envelope]]:
         """The answers that pass the gate, as they come; the reasons of the others go into the tally."""
         federation = self._federation
-        lower_rank = ask.fold is Fold.EACH and federation.strategy.mixed_ranks
+        lower_rank, decoded = ask.fold is Fold.EACH and federation.strategy.mixed_ranks, self._decoding(ask)
         for client, envelope in self._replies(clients, ask, ask_id):
             try:
-                info, like = federation.clients[client], federation.plan.adapter
-                yield client, admit(envelope, ask_id, info, like, self._most, lower_rank, ask, federation.plan.shapes), envelope
+                info, like, decode = federation.clients[client], federation.plan.adapter, partial(decoded, client)
+                shapes = federation.plan.shapes
+                yield client, admit(envelope, ask_id, info, like, self._most, lower_rank, ask, shapes, decode), envelope
             except Refused as reason:
                 self.tally.failed(client, f"refused: {reason}")
             except ClientFailed as reason:
                 self.tally.failed(client, str(reason))
 
+    def _decoding(self, ask: Ask) -> Callable[[str, Envelope], Answer]:
+        """How the wire reads a client's answer: no more numbers than it can have been asked for."""
+        wire, clients, plan = self._federation.wire, self._federation.clients, self._federation.plan
+        return lambda client, envelope: wire.answer(envelope, client, most_numbers(ask, clients[client], plan))
+
     def _replies(self, clients: Sequence[str], ask: Ask, ask_id: str) -> Iterator[tuple[str, Envelope]]:
+        """Clients whose version of the broadcast is not the one that was taken for theirs are asked again, with everything."""
+        wire, outdated = self._federation.wire, []
+        for client, envelope in self._exchanged(clients, ask, ask_id):
+            if wire.arrived(client, envelope):
+                outdated.append(client)
+            elif envelope is not None:
+                yield client, envelope
+        for client, envelope in self._exchanged(outdated, ask, ask_id) if outdated else ():
+            wire.arrived(client, envelope)
+            if envelope is not None:
+                yield client, envelope
+        wire.settle()
+
+    def _exchanged(self, clients: Sequence[str], ask: Ask, ask_id: str) -> Iterator[tuple[str, Envelope | None]]:
         federation = self._federation
         asks = self._packed(clients, ask, ask_id)
         names = {federation.nodes[client]: client for client in clients}
@@ -129,21 +152,16 @@ class Round:
                 self.tally.failed(client, reply.failed)
             else:
                 self.tally.came(client, reply.envelope)
-                yield client, reply.envelope
+            yield client, reply.envelope
 
     def _packed(self, clients: Sequence[str], ask: Ask, ask_id: str) -> dict[int, Envelope]:
-        """By node. What goes to several is encoded once: a cohort of a thousand shares one copy of the broadcast."""
+        """By node."""
         federation = self._federation
         header = {"ask": ask_id, "run": federation.job.name, "round": self.number, "base": federation.plan.adapter.base}
-        packed: dict[int, Envelope] = {}  # by the identity of the payload
-        asks: dict[int, Envelope] = {}
-        for client in clients:
-            payload = id(ask.payload_for(client))
-            if payload not in packed:
-                packed[payload] = pack_ask(ask, client, header)
-            asks[federation.nodes[client]] = packed[payload]
-            self.tally.sent(client, packed[payload])
-        return asks
+        asks = {client: federation.wire.ask(ask, client, header) for client in clients}
+        for client, envelope in asks.items():
+            self.tally.sent(client, envelope)
+        return {federation.nodes[client]: envelope for client, envelope in asks.items()}
 
     def _require_quorum(self, answered: int, asked: int) -> None:
         wanted = max(1, math.ceil(self._federation.job.rounds.quorum * asked))

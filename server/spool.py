@@ -9,13 +9,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fedtune.envelope import Envelope, WireTensor
 from fedtune.folding import FoldedAnswers
-from fedtune.strategy import Fold
-from fedtune.wire import unpack_answer
+from fedtune.strategy import Answer, Fold
 
 
 class Spool:
@@ -63,5 +62,7 @@ class Spool:
 class SpooledAnswers(FoldedAnswers):
     """What a strategy gets back: the spooled answers, read one at a time."""
 
-    def __init__(self, spool: Spool, weights: Mapping[str, float], fold: Fold) -> None:
-        super().__init__(weights, fold, lambda client: unpack_answer(spool.get(client)))
+    def __init__(
+        self, spool: Spool, weights: Mapping[str, float], fold: Fold, decode: Callable[[str, Envelope], Answer]
+    ) -> None:
+        super().__init__(weights, fold, lambda client: decode(client, spool.get(client)))

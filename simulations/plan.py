@@ -18,7 +18,6 @@ from fedtune.strategy import Answer, Ask, ClientInfo, Strategy
 from server.coordinator import draw_cohort
 from server.meeting import meet
 from server.records import Watcher
-from server.round import Federation
 from simulations.engine import require_comparable, resident_trainer
 from simulations.grid import InProcessGrid
 from simulations.plan_round import ClientPlan, SelectiveRound, play
@@ -46,7 +45,7 @@ def plan_job(job: Job, watcher: Watcher) -> Plan:
     model = blueprint(job)
     clients, nodes = meet(grid, job, model)
     strategy.check(list(clients.values()))
-    cohort = draw_cohort(Federation(job, strategy, model, grid, clients, nodes, watcher), 1)
+    cohort = draw_cohort(job, clients, 1)
     known = {
         info.id: ClientPlan(info.id, info.examples, info.steps, None if strategy.trains_whole else info.rank, info.limits)
         for info in clients.values()

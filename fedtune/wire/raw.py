@@ -68,17 +68,30 @@ def _require_sizes(wire: WireTensor) -> None:
 
 
 def _pack(payload: Payload, header: Mapping[str, Any]) -> Envelope:
+    return Envelope(_full(payload, header), tuple(encoded(name, tensor) for name, tensor in payload.tensors.items()))
+
+
+def plain_size(payload: Payload, header: Mapping[str, Any]) -> int:
+    """Bytes of a message with this header, were it sent as it is: numbers in the types that they have, and the header."""
+    numbers = sum(tensor.numel() * tensor.element_size() for tensor in payload.tensors.values())
+    return numbers + Envelope(_full(payload, header)).header_size()
+
+
+def _full(payload: Payload, header: Mapping[str, Any]) -> dict[str, Any]:
     roles = {name: str(role) for name, role in payload.roles.items()}
-    full = {**header, "version": WIRE_VERSION, "roles": roles, "scalars": dict(payload.scalars)}
-    return Envelope(full, tuple(encoded(name, tensor) for name, tensor in payload.tensors.items()))
+    return {**header, "version": WIRE_VERSION, "roles": roles, "scalars": dict(payload.scalars)}
 
 
-def _unpack(envelope: Envelope) -> Payload:
-    version = envelope.header.get("version")
+def require_version(header: Mapping[str, Any]) -> None:
+    version = header.get("version")
     if version != WIRE_VERSION:
         raise MalformedMessage(
             f"a message of wire version {version} came, wanted {WIRE_VERSION}: install the same fedtune on both sides"
         )
+
+
+def _unpack(envelope: Envelope) -> Payload:
+    require_version(envelope.header)
     try:
         roles = {name: Role(role) for name, role in envelope.header["roles"].items()}
         scalars = {str(name): float(value) for name, value in envelope.header["scalars"].items()}
@@ -110,9 +123,13 @@ def unpack_answer(envelope: Envelope) -> Answer:
     """Raises ClientFailed with the client's reason, or MalformedMessage."""
     if "failed" in envelope.header:
         raise ClientFailed(str(envelope.header["failed"]))
-    payload = _unpack(envelope)
+    return answer_with(_unpack(envelope), envelope.header)
+
+
+def answer_with(payload: Payload, header: Mapping[str, Any]) -> Answer:
+    """Weight and metrics as the header says. Raises MalformedMessage."""
     try:
-        metrics = {str(name): float(value) for name, value in envelope.header["metrics"].items()}
-        return Answer(payload, float(envelope.header["weight"]), metrics)
+        metrics = {str(name): float(value) for name, value in header["metrics"].items()}
+        return Answer(payload, float(header["weight"]), metrics)
     except UNREADABLE as error:
         raise MalformedMessage(f"an answer came without weight or metrics: {error}") from error

@@ -1,0 +1,67 @@
+"""Which codecs a job's messages go through: its presets, and what its method allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedtune.errors import JobError
+from fedtune.wire.codec import codec_from
+from fedtune.wire.packed import Codecs
+
+if TYPE_CHECKING:
+    from fedtune.job import Job
+    from fedtune.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Codecs as they are written: of updates, of broadcasts, of tensors that the other side has nothing like."""
+
+    up: str
+    down: str
+    first: str
+
+
+PRESETS = {
+    "plain": Preset("fp32", "fp32", "fp32"),
+    "lossless": Preset("fp32 | entropy", "fp32 | entropy", "fp32 | entropy"),
+    "balanced": Preset("int4 | entropy", "int4 | entropy", "bf16 | entropy"),
+    "tiny": Preset("topk(0.05) | int4 | entropy", "topk(0.1) | int4 | entropy", "int8 | entropy"),
+}
+LOSSLESS = PRESETS["lossless"].up
+
+
+@dataclass(frozen=True)
+class Wire:
+    """How the messages of a run travel: the same on both sides."""
+
+    up: Codecs
+    down: Codecs
+    feedback: bool  # clients remember what their codec lost, and send it with the next update
+    decay: float  # what a round in which a client does not answer leaves of that
+    versions: int  # of broadcasts that the server remembers
+    seed: int
+
+
+def wire_of(job: Job, strategy: Strategy) -> Wire:
+    """Raises JobError where the job asks for a codec that loses what the method needs."""
+    given, preset = job.wire, PRESETS[job.wire.preset]
+    up = _direction("up", given.up, preset.up, given.first or preset.first, strategy.name, strategy.exact_up)
+    down = _direction("down", given.down, preset.down, given.first or preset.first, strategy.name, strategy.exact_down)
+    wanted = {"auto": not up.change.unbiased, "always": True, "never": False}[given.feedback]
+    feedback = wanted and strategy.steady and not up.change.exact
+    return Wire(up, down, feedback, given.decay, given.versions, job.seed)
+
+
+def _direction(way: str, given: str | None, preset: str, first: str, strategy: str, exact: str) -> Codecs:
+    """Of a preset, a method that needs every bit gets every bit; a codec that the job names is refused."""
+    change = codec_from(given or preset)
+    if exact and not change.exact:
+        if given:
+            raise JobError(
+                f"wire.{way} = '{given}' loses bits, and '{strategy}' needs all of them: {exact}; leave it out, or type "
+                f"--set 'wire.{way}={LOSSLESS}'"
+            )
+        change = codec_from(LOSSLESS)
+    return Codecs(change, change if exact or change.plain else codec_from(first))

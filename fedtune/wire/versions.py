@@ -1,0 +1,135 @@
+"""The broadcast as a difference to what each client has.
+
+    server: remembers, of each client that answered last time, what it has (`Held`)
+    client: keeps what it was sent; a message that builds on it names it by its version
+
+Both know the adapter that the job starts from: of whom nothing else is known has that one, the version `START`.
+
+A version is a hash of all messages that led to it, so two sides with the same version have the same numbers. A client that has
+another one says so (`Outdated`), and is sent the difference to the start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedtune.errors import ClientFailed
+from fedtune.memory import Memory
+from fedtune.payload import Payload, Role, joined
+from fedtune.seeds import seed_of
+from fedtune.wire.packed import NOTHING, Codecs, Packed, pack, unpack
+
+START = "start"
+KEPT, ABOUT = "wire.kept.", "wire.about"  # in a client's memory: before the name of a tensor; all that is no tensor
+
+
+class Outdated(ClientFailed):
+    """A message builds on a version that the client does not have."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a client has."""
+
+    version: str = START
+    payload: Payload = NOTHING
+    sources: Mapping[str, bytes] = field(default_factory=dict)  # of each tensor a hash of what was to be sent
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A broadcast on its way to those who have one version."""
+
+    since: str
+    packed: Packed
+    held: Held  # what they have once it has come
+
+
+def sent_to(held: Held, payload: Payload, codecs: Codecs, seed: int, ask_id: str) -> Sent:
+    """`payload` for clients that have `held`."""
+    sources = {name: _digest(tensor) for name, tensor in payload.tensors.items()}
+    same = {name for name, digest in sources.items() if held.sources.get(name) == digest}
+    key = seed_of(seed, ask_id, "down", held.version)
+    packed = pack(payload, codecs, key, held.payload, fresh=held.version == START, same=same)
+    after = Held(_next(held.version, packed.data), joined(held.payload, packed.received), {**held.sources, **sources})
+    return Sent(held.version, packed, after)
+
+
+class Versions:
+    """The server's notes: who has what. At most `most` versions; older ones are forgotten."""
+
+    def __init__(self, start: Payload, most: int) -> None:
+        self._start, self._most, self._asked = Held(payload=start), most, 0
+        self._held: dict[str, Held] = {}
+        self._since: dict[str, int] = {}  # version -> the ask that made it
+
+    def of(self, client: str) -> Held:
+        return self._held.get(client, self._start)
+
+    def arrived(self, client: str, held: Held) -> None:
+        self._held[client] = held
+
+    def forget(self, client: str) -> None:
+        """Nobody knows what it has now."""
+        self._held.pop(client, None)
+
+    def settle(self) -> None:
+        """After an ask: the oldest versions go."""
+        self._asked += 1
+        self._since = {held.version: self._since.get(held.version, self._asked) for held in self._held.values()}
+        young = sorted(self._since, key=lambda version: (-self._since[version], version))[: self._most]
+        self._held = {client: held for client, held in self._held.items() if held.version in young}
+
+
+# the client
+
+
+def received(
+    data: bytes, since: str, codecs: Codecs, seed: int, ask_id: str, memory: Memory, start: Payload, most: int
+) -> tuple[Payload, Payload]:
+    """What came, and all that the client has from now on. Raises Outdated or MalformedMessage."""
+    known = kept(memory, since, start)
+    payload = unpack(data, codecs, seed_of(seed, ask_id, "down", since), known, most)
+    has = joined(known, payload)
+    _keep(memory, _next(since, data), has, None if since == START else payload.tensors)
+    return payload, has
+
+
+def kept(memory: Memory, version: str, start: Payload) -> Payload:
+    """What a client has in this version. Raises Outdated where it has another."""
+    if version == START:
+        return start
+    about: dict[str, Any] = json.loads(memory[ABOUT].numpy().tobytes()) if ABOUT in memory else {"version": START}
+    if about["version"] != version:
+        raise Outdated(f"the ask builds on version {version[:20]} of the broadcast, this client has {about['version']}")
+    tensors = {name: memory[KEPT + name] for name in about["roles"]}
+    return Payload(tensors, {name: Role(role) for name, role in about["roles"].items()}, about["scalars"])
+
+
+def _keep(memory: Memory, version: str, payload: Payload, changed: Collection[str] | None) -> None:
+    """`changed` are the tensors that came; None is all, and what was there before goes."""
+    if changed is None:
+        for name in [name for name in memory if name.startswith(KEPT)]:
+            del memory[name]
+    for name in payload.tensors if changed is None else changed:
+        memory.keep(KEPT + name, payload.tensors[name])
+    roles = {name: str(role) for name, role in payload.roles.items()}
+    about = json.dumps({"version": version, "roles": roles, "scalars": dict(payload.scalars)}).encode()
+    memory[ABOUT] = torch.from_numpy(np.frombuffer(about, np.uint8).copy())
+
+
+def _next(version: str, data: bytes) -> str:
+    return hashlib.sha256(version.encode() + b"\x1f" + data).hexdigest()[:16]
+
+
+def _digest(tensor: Tensor) -> bytes:
+    plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + plain.tobytes()).digest()
