@@ -1,43 +1,32 @@
-"""Streams as bytes close to their entropy: asymmetric numeral systems (constriction), a table of counts for each stream.
+"""Streams as bytes close to their entropy. The first byte says how: as tokens or as planes, whichever is expected shorter.
 
-symbols   one table
-gaps      the low bits as they are, where all of them are as frequent; the rest as symbols, rare large ones written out
-words     bytes of the same place together: exponents have a table that pays, mantissas are left as they are
+There is one table of frequencies, or one a plane, for the whole stream; it travels with it.
 """
 
 from __future__ import annotations
 
-import constriction
-import numpy as np
-
 from fedtune.errors import MalformedMessage
+from fedtune.wire.planes import Planes, fits, read_planes
 from fedtune.wire.stage import Array, Form
+from fedtune.wire.tokens import Tokens, read_tokens
 
-Ans = constriction.stream.stack.AnsCoder
-Categorical = constriction.stream.model.Categorical
+TOKENS, PLANES = b"\1", b"\2"  # 0 is left to streams that are not coded
 
 
 def coded(values: Array, form: Form) -> bytes:
-    """`values` (form.count,) of `form.dtype`, each within the form's range."""
-    offset = values.astype(np.int64) - form.low
-    used, symbols, counts = np.unique(offset, return_inverse=True, return_counts=True)
-    head = np.array([used.size], "<u4").tobytes() + used.astype("<u4").tobytes() + counts.astype("<u4").tobytes()
-    if used.size < 2:
-        return head
-    coder = Ans()
-    coder.encode_reverse(symbols.astype(np.int32), Categorical(counts / counts.sum(), perfect=False))
-    return head + coder.get_compressed().astype("<u4").tobytes()
+    """`values` (form.count,) of `form.dtype`, each within the form's range. Nothing at all where there is none."""
+    if not values.size:
+        return b""
+    tokens = Tokens.fitted(values, form)
+    if fits(form) and (planes := Planes.fitted(values, form)).cost < tokens.cost:
+        return PLANES + planes.written(values, form)
+    return TOKENS + tokens.written(values, form)
 
 
 def decoded(data: bytes, form: Form) -> Array:
     """Raises MalformedMessage."""
-    size = int(np.frombuffer(data[:4], "<u4")[0])
-    used, counts = np.frombuffer(data[4 : 4 + 8 * size], "<u4").reshape(2, size).astype(np.int64)
-    if size < 2:
-        return np.full(form.count, form.low + (used[0] if size else 0)).astype(form.dtype)
-    try:
-        coder = Ans(np.frombuffer(data[4 + 8 * size :], "<u4").astype(np.uint32))
-        symbols = coder.decode(Categorical(counts / counts.sum(), perfect=False), form.count)
-    except ValueError as error:
-        raise MalformedMessage(f"a stream cannot be decoded: {error}") from error
-    return (used[symbols] + form.low).astype(form.dtype)
+    if data[:1] == TOKENS and form.count:
+        return read_tokens(data[1:], form)
+    if data[:1] == PLANES and form.count and fits(form):
+        return read_planes(data[1:], form)
+    raise MalformedMessage(f"a stream of {form.count} {form.kind} came that begins with {data[:1]!r}")

@@ -1,0 +1,9 @@
+"""Long streams in pieces that stay in the processor's cache: nothing wider than the stream itself is made of all of it."""
+
+from __future__ import annotations
+
+PIECE = 2**16  # numbers; a multiple of 8
+
+
+def slices(count: int) -> list[slice]:
+    return [slice(start, min(start + PIECE, count)) for start in range(0, count, PIECE)]
