@@ -1,4 +1,4 @@
-"""`randk(density)`: some numbers, drawn by both sides, travel; the receiver multiplies them by n / k, so that the mean is right.
+"""`randk(density)`: some numbers, drawn by both sides, travel; the receiver multiplies them by n / k: the mean is right.
 
 Every position has a random word of 64 bits, and the k smallest words win: all sets are equally likely up to 2^-64 n. Nothing
 but values travels, and those of several clients with the same draw can be summed as they are. Under error feedback it does
@@ -63,7 +63,8 @@ def drawn_positions(count: int, n: int, draw: Draw) -> Array:
     last = np.partition(words, count - 1)[count - 1]
     chosen = words < last
     chosen[np.flatnonzero(words == last)[: count - np.count_nonzero(chosen)]] = True
-    return positions[chosen]
+    won: Array = positions[chosen]
+    return won
 
 
 def _limits(count: int, n: int) -> Iterator[int]:
