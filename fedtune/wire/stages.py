@@ -31,6 +31,7 @@ BUILT_IN = {
     "rotate": "fedtune.wire.rotate:Rotate",
     "ternary": "fedtune.wire.ternary:Ternary",
     "topk": "fedtune.wire.topk:TopK",
+    "uniform": "fedtune.wire.uniform:Uniform",
 }
 REGISTERED: dict[str, type[Stage]] = {}
 Class = TypeVar("Class", bound=type[Stage])
