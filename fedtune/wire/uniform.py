@@ -4,9 +4,9 @@
 
 `centre` is where the numbers of a step lie on average, closer to 0 than its middle: it makes the squared error least. With an
 entropy coder behind it this comes close to what any coder can do at its error (Gish and Pierce 1968), also where the step is so
-wide that most numbers become 0: at 2 rms a normal x takes 1.2 bits and loses a quarter of its energy, which error feedback sends
-later. `dither = true` subtracts on both sides the same random part of a step:
-the mean is then right, for more error at wide steps (Ziv 1985).
+wide that most numbers become 0: at 2 rms a normal x takes 1.2 bits and loses a quarter of its energy, which error feedback
+sends later. `dither = true` subtracts on both sides the same random part of a step: the mean is then right, for more error at
+wide steps (Ziv 1985).
 
     q = round(x / Delta + u),  x' = (q - u) Delta,  u ~ U[-1/2, 1/2) drawn by both
 """
@@ -60,9 +60,10 @@ class Uniform(Stage):
             raise MalformedMessage(f"a step is {delta}, wanted a finite number from 0 on")
         if not 0 <= centre <= 0.5:
             raise MalformedMessage(f"a step's centre is {centre}, wanted 0 to 0.5")
-        x = carrier.astype(np.float32)
+        x: Array = carrier.astype(np.float32)
         x -= _part_of_a_step(draw, given.count) if self.dither else np.sign(x) * centre
-        return np.multiply(x, delta, out=x)
+        x *= delta
+        return x
 
     def error(self, x: Array) -> float:
         """Half a step each, with dither and, over all, with a centre too. And what float32 rounds away."""
