@@ -113,7 +113,7 @@ class DeltaCoMe(Stage):
 
     def _vectors(self, x: Array) -> Iterator[Array]:
         """float32 (columns, length) for each piece."""
-        u, values, v = np.linalg.svd(x.astype(np.float64), full_matrices=False)
+        u, values, v = np.linalg.svd(x.astype(np.float64, order="C"), full_matrices=False)
         roots, row = np.sqrt(values)[:, None], 0
         for rows in self._ranks(x.shape).values():
             some = slice(row, row + rows)

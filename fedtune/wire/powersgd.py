@@ -35,7 +35,7 @@ class PowerSGD(Stage):
     def encode(self, x: Array, draw: Draw) -> tuple[Array, Mapping[str, Array]]:
         if not self._thins(x.shape):
             return x.reshape(-1), {}
-        matrix = x.astype(np.float64)  # (d, k)
+        matrix = x.astype(np.float64, order="C")  # (d, k), the same bits however x lies in memory
         q = drawn_normals((x.shape[1], self.rank), draw)
         for _ in range(self.iterations):
             p = np.linalg.qr(matrix @ q).Q  # (d, rank)
