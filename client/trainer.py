@@ -137,11 +137,12 @@ class Trainer:
                 f"the ask is for base model {asked}, this client has {self.resident.base}: use the same model files"
             )
         round, memory = int(envelope.header["round"]), self.memory(client)
-        wire = ClientEnd(self._wire, memory, client, self._start, self._most)
+        wire = ClientEnd(self._wire, self.strategy, memory, client, self._start, self._most)
         ask = wire.ask(envelope)
-        answer = self._half(ask, self.local(client, round), memory)
+        local = self.local(client, round)
+        answer = self._half(ask, local, memory)
         about = header | {"base": self.resident.base, "seconds": time.perf_counter() - began}
-        packed = wire.answer(answer, ask, about)
+        packed = wire.answer(answer, ask, local, about)
         if self._directory:
             memory.save(self._memory_file(self._directory, client))
             if self.strategy.personal and ask.kind == "evaluate":  # then what it uses lies in the slot

@@ -209,6 +209,13 @@ class Strategy(ABC):
     def answer(self, ask: Ask, local: LocalModel, memory: Memory) -> Answer:
         """Answer one of the asks that `round` yields."""
 
+    # both halves
+
+    def began(self, ask: Ask, client: Ranked) -> Payload:
+        """What the tensors of a client's answer began as, as far as both sides know it: the wire sends differences to that. By
+        default what `ask`, as it came, has by the same names; where a client starts from something else, say from what."""
+        return ask.payload
+
     # the broadcast: how the published adapter travels down
 
     def broadcast(self, state: ServerState) -> Payload:

@@ -64,7 +64,7 @@ def run_job(job: Job, grid: Grid, folder: Path, watcher: Watcher, write_model: b
     strategy.check(list(clients.values()))
     _require_the_jobs_rank(job, strategy, clients)
     state = strategy.start(plan.adapter)
-    wire = ServerEnd(job.make_wire(), payload_of(plan.adapter))
+    wire = ServerEnd(job.make_wire(), strategy, payload_of(plan.adapter))
     federation = Federation(job, strategy, plan, grid, clients, nodes, watcher, wire)
     run = RunFolder.create(folder, job)
     watcher.started(job, {client.id: client.examples for client in clients.values()})

@@ -124,7 +124,7 @@ class Round:
     def _decoding(self, ask: Ask) -> Callable[[str, Envelope], Answer]:
         """How the wire reads a client's answer: no more numbers than it can have been asked for."""
         wire, clients, plan = self._federation.wire, self._federation.clients, self._federation.plan
-        return lambda client, envelope: wire.answer(envelope, client, most_numbers(ask, clients[client], plan))
+        return lambda client, envelope: wire.answer(envelope, clients[client], most_numbers(ask, clients[client], plan))
 
     def _replies(self, clients: Sequence[str], ask: Ask, ask_id: str) -> Iterator[tuple[str, Envelope]]:
         """Clients whose version of the broadcast is not the one that was taken for theirs are asked again, with everything."""

@@ -10,47 +10,53 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from fedtune.envelope import WIRE_VERSION, Envelope, WireTensor
 from fedtune.errors import MalformedMessage
 from fedtune.memory import Memory
-from fedtune.payload import Payload
+from fedtune.payload import Payload, Role
 from fedtune.seeds import seed_of
-from fedtune.strategy import Answer, Ask
+from fedtune.strategy import Answer, Ask, ClientInfo, Ranked, Strategy
 from fedtune.wire.codec import Codec
 from fedtune.wire.feedback import Feedback
-from fedtune.wire.packed import NOTHING, pack, unpack
+from fedtune.wire.packed import pack, unpack
 from fedtune.wire.presets import Wire
 from fedtune.wire.raw import answer_with, pack_answer, pack_ask, require_version, unpack_answer, unpack_ask
-from fedtune.wire.versions import Held, Sent, Versions, kept, received, sent_to
+from fedtune.wire.versions import Held, Sent, Versions, received, sent_to
 
 PACKED = "fedtune.packed"
+NOTHING_ASKED = Ask("")
 RESEND = "resend"  # in the header of a failure: the client wants everything
 
 
 class ServerEnd:
-    """What each client has, over a whole run. `start` is the adapter that the job starts from, which both sides know."""
+    """What each client has, over a whole run. `start` is the adapter that the job starts from, which both sides know.
 
-    def __init__(self, wire: Wire, start: Payload) -> None:
-        self._wire, self._versions = wire, Versions(start, wire.versions)
-        self._known: dict[str, Payload] = {}  # what each client knows while it answers the ask that it was sent last
+    A client answers with its difference to what it was sent, which a codec may have made coarser. The difference is added to
+    what was to be sent: so what a broadcast loses is missing on the clients for a round, and never in the model (Philippenko
+    and Dieuleveut, NeurIPS 2021).
+    """
+
+    def __init__(self, wire: Wire, strategy: Strategy, start: Payload) -> None:
+        self._wire, self._strategy, self._versions = wire, strategy, Versions(start, wire.versions)
+        self._asked: dict[str, tuple[Ask, Ask]] = {}  # of each client the ask that it was sent last: as meant, and as it came
         self._coming: dict[str, Held] = {}
         self._sent: dict[tuple[int, str], Sent] = {}  # of the open ask: by the identity of a payload, and who has what
 
     def ask(self, ask: Ask, client: str, header: Mapping[str, Any]) -> Envelope:
         """The message for one client. Clients that have the same and are sent the same share its bytes."""
         payload = ask.payload_for(client)
-        if self._wire.down.change.plain:
-            self._known[client] = payload
+        if self._wire.down.change.plain or not payload.tensors:
+            self._asked[client] = Ask(ask.kind, payload), Ask(ask.kind, payload)
             return pack_ask(ask, client, header)
         held = self._versions.of(client)
-        if not payload.tensors:
-            self._known[client] = held.payload
-            return pack_ask(ask, client, {**header, "since": held.version})
         shared = id(payload), held.version
         if shared not in self._sent:
             self._sent[shared] = sent_to(held, payload, self._wire.down, self._wire.seed, str(header["ask"]))
         sent = self._sent[shared]
-        self._coming[client], self._known[client] = sent.held, sent.held.payload
+        self._coming[client] = sent.held
+        self._asked[client] = Ask(ask.kind, payload), Ask(ask.kind, sent.packed.received)
         about = {**header, "kind": ask.kind, "version": WIRE_VERSION, "since": sent.since}
         return _packed(sent.packed.data, about, self._wire.down.change)
 
@@ -70,53 +76,67 @@ class ServerEnd:
         self._coming, self._sent = {}, {}
         self._versions.settle()
 
-    def answer(self, envelope: Envelope, client: str, most: int) -> Answer:
+    def answer(self, envelope: Envelope, client: ClientInfo, most: int) -> Answer:
         """Of at most so many numbers. Raises ClientFailed with the client's reason, or MalformedMessage."""
         codec, header = self._wire.up.change, envelope.header
+        meant, came = self._asked.get(client.id, (NOTHING_ASKED, NOTHING_ASKED))
         if "failed" in header or not envelope.tensors or codec.plain:
             _require_count(envelope, most)
-            return unpack_answer(envelope)
-        require_version(header)
-        key = seed_of(self._wire.seed, str(header.get("ask")), "up", client)
-        data = _data(envelope, codec)
-        return answer_with(unpack(data, self._wire.up, key, self._known.get(client, NOTHING), most), header)
+            answer = unpack_answer(envelope)
+        else:
+            require_version(header)
+            key = seed_of(self._wire.seed, str(header.get("ask")), "up", client.id)
+            payload = unpack(_data(envelope, codec), self._wire.up, key, self._strategy.began(came, client), most)
+            answer = answer_with(payload, header)
+        if self._wire.down.change.exact:
+            return answer
+        began = self._strategy.began(came, client), self._strategy.began(meant, client)
+        return replace(answer, payload=_moved(answer.payload, *began))
 
 
 class ClientEnd:
     """One client's, over its memory."""
 
-    def __init__(self, wire: Wire, memory: Memory, client: str, start: Callable[[], Payload], most: int) -> None:
-        self._wire, self._memory, self._client, self._start, self._most = wire, memory, client, start, most
-        self._known = NOTHING
+    def __init__(
+        self, wire: Wire, strategy: Strategy, memory: Memory, client: str, start: Callable[[], Payload], most: int
+    ) -> None:
+        self._wire, self._strategy, self._memory, self._client = wire, strategy, memory, client
+        self._start, self._most = start, most
 
     def ask(self, envelope: Envelope) -> Ask:
         """Raises ClientFailed or MalformedMessage."""
         codec, header = self._wire.down.change, envelope.header
-        if codec.plain:
+        if codec.plain or not envelope.tensors:
             _require_count(envelope, self._most)
-            ask = unpack_ask(envelope)
-            self._known = ask.payload
-            return ask
-        require_version(header)
-        since, start = str(header.get("since")), self._start()
-        if not envelope.tensors:
-            self._known = kept(self._memory, since, start)
             return unpack_ask(envelope)
-        wire, ask_id = self._wire, str(header.get("ask"))
-        came = received(_data(envelope, codec), since, wire.down, wire.seed, ask_id, self._memory, start, self._most)
-        payload, self._known = came
+        require_version(header)
+        wire, since, ask_id = self._wire, str(header.get("since")), str(header.get("ask"))
+        data = _data(envelope, codec)
+        payload = received(data, since, wire.down, wire.seed, ask_id, self._memory, self._start(), self._most)
         return Ask(str(header.get("kind")), payload)
 
-    def answer(self, answer: Answer, ask: Ask, header: Mapping[str, Any]) -> Envelope:
-        """The answer to the ask that came last; `header` repeats its id and its round."""
+    def answer(self, answer: Answer, ask: Ask, local: Ranked, header: Mapping[str, Any]) -> Envelope:
+        """The answer to an ask as it came; `header` repeats its id and its round."""
         codec = self._wire.up.change
         if not answer.payload.tensors or codec.plain:
             return pack_answer(answer, header)
         key = seed_of(self._wire.seed, str(header["ask"]), "up", self._client)
         errors = Feedback(self._memory, ask.kind, int(header["round"]), self._wire.decay) if self._wire.feedback else None
-        packed = pack(answer.payload, self._wire.up, key, self._known, errors=errors)
+        packed = pack(answer.payload, self._wire.up, key, self._strategy.began(ask, local), errors=errors)
         about = {**header, "version": WIRE_VERSION, "weight": answer.weight, "metrics": dict(answer.metrics)}
         return _packed(packed.data, about, codec)
+
+
+def _moved(payload: Payload, came: Payload, meant: Payload) -> Payload:
+    """What began at `came`, as if it had begun at `meant`."""
+
+    def one(name: str, tensor: Tensor) -> Tensor:
+        one, other = came.tensors.get(name), meant.tensors.get(name)
+        alike = one is not None and other is not None and one.shape == other.shape == tensor.shape
+        codable = alike and payload.roles[name] is not Role.VECTOR and tensor.dtype.is_floating_point
+        return tensor + (other - one).to(tensor.dtype) if codable and one is not None and other is not None else tensor
+
+    return replace(payload, tensors={name: one(name, tensor) for name, tensor in payload.tensors.items()})
 
 
 def outdated(failure: Envelope) -> Envelope:

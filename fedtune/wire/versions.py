@@ -94,13 +94,12 @@ class Versions:
 
 def received(
     data: bytes, since: str, codecs: Codecs, seed: int, ask_id: str, memory: Memory, start: Payload, most: int
-) -> tuple[Payload, Payload]:
-    """What came, and all that the client has from now on. Raises Outdated or MalformedMessage."""
+) -> Payload:
+    """What came; the client has it from now on. Raises Outdated or MalformedMessage."""
     known = kept(memory, since, start)
     payload = unpack(data, codecs, seed_of(seed, ask_id, "down", since), known, most)
-    has = joined(known, payload)
-    _keep(memory, _next(since, data), has, None if since == START else payload.tensors)
-    return payload, has
+    _keep(memory, _next(since, data), joined(known, payload), None if since == START else payload.tensors)
+    return payload
 
 
 def kept(memory: Memory, version: str, start: Payload) -> Payload:
