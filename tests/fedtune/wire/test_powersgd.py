@@ -46,7 +46,7 @@ def test_what_is_no_matrix_or_would_not_shrink_passes_as_it_is(shape: tuple[int,
 @pytest.mark.parametrize("rank", [1, 2, 5])
 def test_a_matrix_of_that_rank_comes_back(rank: int) -> None:
     x = normal(40, rank) @ normal(rank, 31)
-    np.testing.assert_allclose(there_and_back(PowerSGD(rank), x), x, rtol=0, atol=1e-5)
+    assert off(PowerSGD(rank), x) <= 1e-4 * np.linalg.norm(x)
 
 
 def test_first_comes_an_orthonormal_factor_column_by_column() -> None:
