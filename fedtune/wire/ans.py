@@ -1,7 +1,8 @@
 """A stack of whole numbers close to their entropy (asymmetric numeral systems, constriction): pushed last, popped first.
 
-It grows by the information of what is pushed, so an empty one is no bytes, and one that was popped of all that was pushed is
-empty again: bytes that were cut, changed or added to leave it otherwise, or give other numbers.
+It begins as one number, BOTTOM, and grows by the information of what is pushed. One that is popped of all that was pushed is
+BOTTOM again; where bytes were cut off or added, it is not, but for a chance of 2^-16. The number costs nothing: the first
+symbol takes 24 bits even of an empty stack, and leaves room in them.
 """
 
 from __future__ import annotations
@@ -16,28 +17,34 @@ from fedtune.wire.stage import Array
 
 Coder = constriction.stream.stack.AnsCoder
 Uniform = constriction.stream.model.Uniform
+BOTTOM = 0xB077
+EMPTY = np.array([BOTTOM], np.uint32)
 PIECE = 16  # bits that go at once where all are as likely
+SIZES = np.left_shift(1, np.arange(PIECE + 1, dtype=np.int32))  # of so many bits
 
 
 class Stack:
     """Models are those of constriction; both sides must make them of the same integers."""
 
-    def __init__(self, data: bytes = b"") -> None:
+    def __init__(self, words: Array = EMPTY) -> None:
+        """`words` uint32, the last of them not 0."""
+        self._coder = Coder(words)
+
+    @classmethod
+    def opened(cls, data: bytes) -> Stack:
         """Raises MalformedMessage."""
-        if data[-1:] == b"\0":
-            raise MalformedMessage("a stream ends in a byte 0, which is never written")
-        words = np.frombuffer(data + bytes(-len(data) % 4), "<u4").astype(np.uint32)
-        self._coder = Coder(words) if words.size else Coder()
+        if data[-1:] in (b"", b"\0"):
+            raise MalformedMessage("a stream is damaged: it ends in nothing, or in a byte 0")
+        return cls(np.frombuffer(data + bytes(-len(data) % 4), "<u4").astype(np.uint32))
 
     def sealed(self) -> bytes:
         """Without the zeros at the end."""
-        words = self._coder.get_compressed().astype("<u4")
-        return bytes(words.tobytes().rstrip(b"\0")) if words.size else b""
+        return bytes(self._coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0"))
 
     def require_empty(self) -> None:
-        """Raises MalformedMessage where more, or other bytes, came than a coder leaves."""
-        if not self._coder.is_empty():
-            raise MalformedMessage("a stream is damaged: something is left when all its numbers are read")
+        """Raises MalformedMessage where more, fewer or other bytes came than were written."""
+        if self._coder.pos() != (0, BOTTOM):
+            raise MalformedMessage("a stream is damaged: it does not end where its last number does")
 
     def push(self, symbols: Array, model: Any) -> None:
         self._coder.encode_reverse(symbols.astype(np.int32, copy=False), model)
@@ -58,19 +65,15 @@ class Stack:
     def push_bits(self, values: Array, widths: Array) -> None:
         """Of each value as many bits as its width says."""
         for shift in reversed(range(0, int(widths.max(initial=0)), PIECE)):
-            some = widths > shift
-            sizes = _sizes(widths[some], shift)
-            self._coder.encode_reverse(((values[some] >> shift) & (sizes - 1)).astype(np.int32), Uniform(), sizes)
+            wide = np.flatnonzero(widths > shift)
+            sizes = SIZES.take(widths[wide] - shift, mode="clip")
+            self._coder.encode_reverse((values[wide] >> shift).astype(np.int32) & (sizes - 1), Uniform(), sizes)
 
     def pop_bits(self, widths: Array) -> Array:
         """int64, of the shape of `widths`."""
         values = np.zeros(widths.shape, np.int64)
         for shift in range(0, int(widths.max(initial=0)), PIECE):
-            some = widths > shift
-            values[some] |= self._coder.decode(Uniform(), _sizes(widths[some], shift)).astype(np.int64) << shift
+            wide = np.flatnonzero(widths > shift)
+            sizes = SIZES.take(widths[wide] - shift, mode="clip")
+            values[wide] |= self._coder.decode(Uniform(), sizes).astype(np.int64) << shift
         return values
-
-
-def _sizes(widths: Array, shift: int) -> Array:
-    sizes: Array = np.left_shift(1, np.minimum(widths - shift, PIECE)).astype(np.int32)
-    return sizes

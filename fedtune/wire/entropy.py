@@ -1,16 +1,22 @@
 """Streams as bytes close to their entropy. The first byte says how: as tokens or as planes, whichever is expected shorter.
 
+    0         not coded (streams.py)
+    1         planes
+    2 + m     tokens with m mantissa bits
+
 There is one table of frequencies, or one a plane, for the whole stream; it travels with it.
 """
 
 from __future__ import annotations
+
+import numpy as np
 
 from fedtune.errors import MalformedMessage
 from fedtune.wire.planes import Planes, fits, read_planes
 from fedtune.wire.stage import Array, Form
 from fedtune.wire.tokens import Tokens, read_tokens
 
-TOKENS, PLANES = b"\1", b"\2"  # 0 is left to streams that are not coded
+PLANES, TOKENS = 1, 2
 
 
 def coded(values: Array, form: Form) -> bytes:
@@ -19,14 +25,17 @@ def coded(values: Array, form: Form) -> bytes:
         return b""
     tokens = Tokens.fitted(values, form)
     if fits(form) and (planes := Planes.fitted(values, form)).cost < tokens.cost:
-        return PLANES + planes.written(values, form)
-    return TOKENS + tokens.written(values, form)
+        return bytes([PLANES]) + planes.written(values, form)
+    return bytes([TOKENS + tokens.mantissa]) + tokens.written(values, form)
 
 
 def decoded(data: bytes, form: Form) -> Array:
     """Raises MalformedMessage."""
-    if data[:1] == TOKENS and form.count:
-        return read_tokens(data[1:], form)
-    if data[:1] == PLANES and form.count and fits(form):
+    if not form.count and not data:
+        return np.empty(0, form.dtype)
+    way = data[0] if data else 0
+    if way >= TOKENS and form.count:
+        return read_tokens(data[1:], form, way - TOKENS)
+    if way == PLANES and form.count and fits(form):
         return read_planes(data[1:], form)
-    raise MalformedMessage(f"a stream of {form.count} {form.kind} came that begins with {data[:1]!r}")
+    raise MalformedMessage(f"a stream of {form.count} {form.kind} came in {len(data)} bytes that begin with {data[:1]!r}")

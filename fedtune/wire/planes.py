@@ -1,5 +1,5 @@
-"""Words of 16 or 32 bits as planes: the bytes of the same place together, each plane with a table or, where that is no shorter,
-as it is.
+"""Words of 16 or 32 bits as planes: the bytes of the same place together, each plane with a table, or as it is where a table
+would save less than a hundredth.
 
 The sign moves to the lowest bit first, so that the highest plane is the exponent of a bfloat16 or float32 and nothing else.
 """
@@ -30,10 +30,11 @@ class Planes:
     def fitted(cls, values: Array, form: Form) -> Planes:
         counts = _counts(values, form)  # (planes, 256)
         plain = 8 * BIT * values.size
+        worth = plain * 99 // 100
         tables = [fitted(own) for own in counts]
         costs = [table.cost(own) for table, own in zip(tables, counts, strict=True)]
-        kept = tuple(table if cost < plain else None for table, cost in zip(tables, costs, strict=True))
-        return cls(kept, 8 * BIT + sum(min(cost, plain) for cost in costs))
+        kept = tuple(table if cost < worth else None for table, cost in zip(tables, costs, strict=True))
+        return cls(kept, 8 * BIT + sum(cost if cost < worth else plain for cost in costs))
 
     def written(self, values: Array, form: Form) -> bytes:
         """Which planes have a table, planes without, the others."""
@@ -66,7 +67,7 @@ def read_planes(data: bytes, form: Form) -> Array:
     if mask >= 2**width or len(data) < start:
         raise MalformedMessage(f"a stream of {form.count} words came in {len(data)} bytes, which is too short")
     plain = np.frombuffer(data, np.uint8, start - 1, 1).reshape(len(raw), form.count)
-    stack = Stack(data[start:])
+    stack = Stack.opened(data[start:])
     tables = {place: popped(stack, BYTE) for place in range(width) if place not in raw}
     values = np.empty(form.count, form.dtype)
     for piece in slices(form.count):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-PIECE = 2**16  # numbers; a multiple of 8
+PIECE = 2**14  # numbers; a multiple of 8. The bytes of a coded stream depend on it: tables and raw bits take turns by piece
 
 
 def slices(count: int) -> list[slice]:

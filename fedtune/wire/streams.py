@@ -26,8 +26,6 @@ def read(data: bytes, form: Form, coded: bool) -> Array:
     """Raises MalformedMessage unless the bytes are exactly such a stream, every entry in its range."""
     if not coded:
         return unpacked(data, form)
-    if not form.count and not data:
-        return np.empty(0, form.dtype)
     return unpacked(data[1:], form) if form.count and data[:1] == PLAIN else entropy.decoded(data, form)
 
 
@@ -52,8 +50,8 @@ def unpacked(data: bytes, form: Form) -> Array:
     for piece in slices(form.count):
         start, stop = piece.start * form.bits // 8, -(-piece.stop * form.bits // 8)
         offset = _unpacked(data[start:stop], form.bits)[: piece.stop - piece.start]
-        if offset.max() > form.high - form.low:
-            raise MalformedMessage(f"a number is {offset.max() + form.low}, wanted at most {form.high}")
+        if (most := int(offset.max())) > form.high - form.low:
+            raise MalformedMessage(f"a number is {most + form.low}, wanted at most {form.high}")
         values[piece] = offset.astype(np.int64) + form.low
     return values
 

@@ -10,6 +10,7 @@ Costs are whole numbers, in 1024ths of a bit, so that all machines choose the sa
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,9 +28,21 @@ OCTAVES = 24
 STEPS = (1, 2, 4, 8, 16)  # of a level, in parts of an octave
 LEVELS = FINEST * OCTAVES + 1  # 1 is the least, 0 is not in use
 RATIOS = (16, 32, 44, 52, 57, 60, 62, 63)  # 64ths: how much rarer a difference of levels is than the next smaller one
-POWERS = np.array([round(2 ** (8 + part / FINEST)) for part in range(LEVELS)], np.int64)
-BOUNDS = {
-    step: np.array([round(2 ** (20 + (level + 0.5) * step / FINEST)) for level in range((LEVELS - 1) // step)], np.int64)
+
+
+def _power(parts: int, of: int) -> int:
+    """2^(parts / of), rounded down; `of` is a power of two. In whole numbers: no machine's `pow` is asked."""
+    power = 1 << parts
+    while of > 1:
+        power, of = math.isqrt(power), of // 2
+    return power
+
+
+POWERS = np.array([_power(8 * FINEST + part, FINEST) for part in range(LEVELS)], np.int64)
+BOUNDS = {  # between one level and the next, as 2^20 times the ratio to the least
+    step: np.array(
+        [_power(20 * 2 * FINEST + (2 * level + 1) * step, 2 * FINEST) for level in range((LEVELS - 1) // step)], np.int64
+    )
     for step in STEPS
 }
 
@@ -61,7 +74,7 @@ class Table:
 
     first: int
     levels: Array  # (symbols,)
-    step: int  # its number
+    step: int  # one of STEPS
 
     @cached_property
     def model(self) -> Any:
@@ -69,13 +82,13 @@ class Table:
         return _model(self._frequencies().astype(np.float64)) if self.levels.size > 1 else None
 
     def _frequencies(self) -> Array:
-        parts = np.minimum((self.levels - 1) * STEPS[self.step], LEVELS - 1)
+        parts = np.minimum((self.levels - 1) * self.step, LEVELS - 1)
         return np.where(self.levels > 0, POWERS[parts], 0)
 
     def cost(self, counts: Array) -> int:
         """Of the symbols, that come so often, and of the table."""
         whole = round(BIT * math.log2(int(self._frequencies().sum())))
-        each = whole - 8 * BIT - (self.levels - 1) * (STEPS[self.step] * BIT // FINEST)
+        each = whole - 8 * BIT - (self.levels - 1) * (self.step * BIT // FINEST)
         own = counts[self.first : self.first + self.levels.size]
         head = round(BIT * math.log2(len(STEPS) * len(RATIOS) * counts.size**2))
         return head + int(own @ np.where(own > 0, each, 0)) + int(self._ratio_costs().min())
@@ -88,8 +101,10 @@ class Table:
         """`size`: how many symbols there could be."""
         ratio = int(self._ratio_costs().argmin())
         stack.push(_differences(self.levels), DIFFERENCES[ratio])
-        for number, below in ((ratio, len(RATIOS)), (self.step, len(STEPS)), (self.levels.size - 1, size), (self.first, size)):
-            stack.push_number(number, below)
+        stack.push_number(ratio, len(RATIOS))
+        stack.push_number(STEPS.index(self.step), len(STEPS))
+        stack.push_number(self.levels.size - 1, size)
+        stack.push_number(self.first, size)
 
     def push_symbols(self, stack: Stack, symbols: Array) -> None:
         if self.model is not None:
@@ -104,13 +119,13 @@ class Table:
         return symbols
 
 
-def fitted(counts: Array) -> Table:
+def fitted(counts: Array, steps: Sequence[int] = STEPS) -> Table:
     """The cheapest table for symbols that come so often; one at least does."""
     used = np.flatnonzero(counts)
     first, last = int(used[0]), int(used[-1])
     own = counts[first : last + 1]
     ratios = (own << 20) // own[own > 0].min()
-    tables = [Table(first, _levels(own, ratios, step), number) for number, step in enumerate(STEPS)]
+    tables = [Table(first, _levels(own, ratios, step), step) for step in steps]
     return min(tables, key=lambda table: table.cost(counts))
 
 
@@ -126,12 +141,12 @@ def _differences(levels: Array) -> Array:
 
 def popped(stack: Stack, size: int) -> Table:
     """What was pushed, of symbols below `size`. Raises MalformedMessage."""
-    first, last = stack.pop_number(size), stack.pop_number(size)
-    step, ratio = stack.pop_number(len(STEPS)), stack.pop_number(len(RATIOS))
-    if first + last >= size:
-        raise MalformedMessage(f"a table ends at symbol {first + last}, wanted below {size}")
-    steps = stack.pop(last + 1, DIFFERENCES[ratio])
-    levels = np.cumsum(np.where(steps & 1, steps + 1 >> 1, -(steps >> 1)))
-    if levels.min() < 0 or levels.max() > 1 + (LEVELS - 1) // STEPS[step] or not (levels[0] and levels[-1]):
+    first, symbols = stack.pop_number(size), stack.pop_number(size) + 1
+    step, ratio = STEPS[stack.pop_number(len(STEPS))], stack.pop_number(len(RATIOS))
+    if first + symbols > size:
+        raise MalformedMessage(f"a table of frequencies goes up to symbol {first + symbols - 1}, wanted below {size}")
+    differences = stack.pop(symbols, DIFFERENCES[ratio])
+    levels = np.cumsum(np.where(differences & 1, (differences + 1) >> 1, -(differences >> 1)))
+    if levels.min() < 0 or levels.max() > 1 + (LEVELS - 1) // step or not (levels[0] and levels[-1]):
         raise MalformedMessage("a table of frequencies is damaged: a level is out of range")
     return Table(first, levels, step)

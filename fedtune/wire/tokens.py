@@ -6,6 +6,7 @@ below these are as good as uniform, and travel so. What m costs least is found b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,10 +16,11 @@ from fedtune.errors import MalformedMessage
 from fedtune.wire.ans import Stack
 from fedtune.wire.slices import slices
 from fedtune.wire.stage import Array, Form
-from fedtune.wire.tables import BIT, Table, fitted, popped
+from fedtune.wire.tables import BIT, STEPS, Table, fitted, popped
 
 NARROW = 8  # bits: mantissa of a range whose numbers are all tokens
 FINE = 7  # the most that others have; coarser ones follow from its counts
+TRIAL = 4  # step of the tables by which they are compared
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,14 @@ class Tokens:
         base, _ = _ladder(FINE, fine.size)
         used = np.flatnonzero(fine)
         coarser = (np.bincount(_tokens(base[used], m), fine[used]).astype(np.int64) for m in range(FINE + 1))
-        return min((cls._of(counts, m) for m, counts in enumerate(coarser)), key=lambda tokens: tokens.cost)
+        trials = [(cls._of(counts, m, [TRIAL]).cost, m, counts) for m, counts in enumerate(coarser)]
+        _, mantissa, counts = min(trials, key=lambda trial: trial[:2])
+        return cls._of(counts, mantissa)
 
     @classmethod
-    def _of(cls, counts: Array, mantissa: int) -> Tokens:
-        table, (_, widths) = fitted(counts), _ladder(mantissa, counts.size)
-        return cls(mantissa, table, table.cost(counts) + BIT * (8 + int(counts @ widths)))
+    def _of(cls, counts: Array, mantissa: int, steps: Sequence[int] = STEPS) -> Tokens:
+        table, (_, widths) = fitted(counts, steps), _ladder(mantissa, counts.size)
+        return cls(mantissa, table, table.cost(counts) + BIT * int(counts @ widths))
 
     def written(self, values: Array, form: Form) -> bytes:
         stack, size = Stack(), _size(form, self.mantissa)
@@ -55,15 +59,14 @@ class Tokens:
                 stack.push_bits(natural - base[tokens], widths[tokens])
             self.table.push_symbols(stack, tokens)
         self.table.push(stack, size)
-        return bytes([self.mantissa]) + stack.sealed()
+        return stack.sealed()
 
 
-def read_tokens(data: bytes, form: Form) -> Array:
+def read_tokens(data: bytes, form: Form, mantissa: int) -> Array:
     """Raises MalformedMessage."""
-    mantissa = data[0] if data else -1
     if not (mantissa == NARROW if _narrow(form) else 0 <= mantissa <= FINE):
         raise MalformedMessage(f"a stream came with tokens of {mantissa} bits")
-    stack, size = Stack(data[1:]), _size(form, mantissa)
+    stack, size = Stack.opened(data), _size(form, mantissa)
     table, (base, widths) = popped(stack, size), _ladder(mantissa, size)
     values = np.empty(form.count, form.dtype)
     for piece in slices(form.count):
@@ -77,7 +80,7 @@ def read_tokens(data: bytes, form: Form) -> Array:
 
 
 def _narrow(form: Form) -> bool:
-    return form.high - form.low < 2**NARROW
+    return form.high - form.low < 1 << NARROW
 
 
 def _natural(values: Array, form: Form) -> Array:
