@@ -22,6 +22,16 @@ def difference(tensor: Tensor, base: Tensor | None, codec: Codec) -> Array:
     return x if codec.exact or base is None else x - as_float32(base)
 
 
+def is_far(tensor: Tensor, base: Tensor) -> bool:
+    """Whether the difference is larger than the tensor: a base that is unlike it only adds to what a codec loses."""
+    x = as_float32(tensor)
+    return bool(_square(x - as_float32(base)) > _square(x))
+
+
+def _square(x: Array) -> float:
+    return float(np.dot(x.reshape(-1), x.reshape(-1)))
+
+
 def encoded(x: Array, base: Tensor | None, codec: Codec, key: int, name: str) -> dict[str, Array]:
     """`x` as `difference` gave it, finite."""
     streams = codec.encode(x, key, name)

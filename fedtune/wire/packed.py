@@ -21,17 +21,17 @@ from torch import Tensor
 
 from fedtune.errors import MalformedMessage
 from fedtune.payload import Payload, Role
-from fedtune.wire.change import decoded, difference, encoded
+from fedtune.wire.change import decoded, difference, encoded, is_far
 from fedtune.wire.codec import Codec
 from fedtune.wire.raw import DTYPES
-from fedtune.wire.schema import LOSSY, Line, Mode, Schema, as_text, codable, known_schema, schema_of
+from fedtune.wire.schema import BASED, CODED, LOSSY, Line, Mode, Schema, as_text, codable, known_schema, schema_of
 from fedtune.wire.stage import Array, Form
 from fedtune.wire.streams import read, written
 
 VERSION = 1
 HEAD = struct.Struct("<BBI")
 GIVEN = 0  # layouts
-USUAL = {1: Mode.CHANGE, 2: Mode.SAME, 3: Mode.FIRST}
+USUAL = {1: Mode.CHANGE, 2: Mode.SAME, 3: Mode.FRESH}
 NOTHING = Payload()
 Errors = MutableMapping[str, Tensor]
 
@@ -130,10 +130,12 @@ class _Part:
 
 def _part(name: str, payload: Payload, codecs: Codecs, key: int, known: Payload, fresh: bool, errors: Errors | None) -> _Part:
     tensor, base = payload.tensors[name], _base(known, payload, name)
-    mode = Mode.FIRST if fresh or base is None else Mode.CHANGE
-    codec = codecs.of(mode)
     if not codable(payload, name):
         return _Part(Mode.RAW, {}, tensor)
+    if base is not None and is_far(tensor, base):
+        base = None
+    mode = Mode.FIRST if base is None else Mode.FRESH if fresh else Mode.CHANGE
+    codec = codecs.of(mode)
     x = difference(tensor, base, codec)
     error = errors.get(name) if errors is not None and not codec.exact else None
     if error is not None and error.shape == tensor.shape:
@@ -156,8 +158,7 @@ def _tensor(line: Line, streams: Mapping[str, Array], raw: bytes, codecs: Codecs
     if line.mode is Mode.SAME:
         assert base is not None
         return base
-    fits = base is not None and _fits(base, known.roles[line.name], line.shape, line.role)
-    plain = decoded(streams, base if fits else None, line.shape, codecs.of(line.mode), key, line.name)
+    plain = decoded(streams, base if line.mode in BASED else None, line.shape, codecs.of(line.mode), key, line.name)
     return torch.from_numpy(plain).to(dtype)
 
 
@@ -200,15 +201,15 @@ def _require_possible(schema: Schema, known: Payload, most: int) -> None:
         base = known.tensors.get(line.name)
         fits = base is not None and _fits(base, known.roles[line.name], line.shape, line.role)
         there = base is not None and (tuple(base.shape), base.dtype) == (line.shape, DTYPES[line.dtype])
-        if (line.mode is Mode.CHANGE and not fits) or (line.mode is Mode.SAME and not there):
+        if (line.mode in BASED and not fits) or (line.mode is Mode.SAME and not there):
             raise MalformedMessage(f"'{line.name}' came as a difference to what is not known here")
-        if line.mode in (Mode.CHANGE, Mode.FIRST) and (line.dtype not in LOSSY or line.count == 0):
+        if line.mode in CODED and (line.dtype not in LOSSY or line.count == 0):
             raise MalformedMessage(f"'{line.name}' came as {line.dtype} of shape {line.shape} through a codec")
 
 
 def _streams(schema: Schema, codecs: Codecs) -> Iterator[tuple[str, Codec, Form]]:
     """The name of each joined stream, which begins with its mode; its codec; its form."""
-    for mode in (Mode.CHANGE, Mode.FIRST):
+    for mode in CODED:
         forms: dict[str, list[Form]] = {}
         for line in schema.lines:
             if line.mode is mode:

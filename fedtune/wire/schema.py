@@ -27,11 +27,14 @@ class Mode(StrEnum):
     """How a tensor travels."""
 
     CHANGE = "c"  # its difference to what the receiver has under this name
+    FRESH = "n"  # the same by the codec for first tensors: the receiver has only what the job starts from
     FIRST = "f"  # whole: the receiver has nothing like it
     SAME = "s"  # not at all: the receiver has it
     RAW = "r"  # byte by byte: vectors, whole numbers, what is not finite
 
 
+CODED = (Mode.CHANGE, Mode.FRESH, Mode.FIRST)
+BASED = (Mode.CHANGE, Mode.FRESH)  # on what the receiver has
 LOSSY = ("float32", "float16", "bfloat16")  # types whose tensors go through codecs
 
 
