@@ -147,7 +147,8 @@ def _rows(flat: Array, block: int) -> Array:
 def _scales(rows: Array, room: Array) -> Array:
     """bfloat16 words (blocks,), each the largest size in a block rounded up; sizes of floats are ordered as their bits."""
     sizes = np.bitwise_and(rows.view(np.uint32), np.uint32(0x7FFFFFFF), out=room).max(axis=1)
-    return np.minimum(np.maximum((sizes + np.uint32(0xFFFF)) >> np.uint32(16), LEAST), LARGEST).astype(np.uint16)
+    words: Array = np.minimum(np.maximum((sizes + np.uint32(0xFFFF)) >> np.uint32(16), LEAST), LARGEST).astype(np.uint16)
+    return words
 
 
 def _floats(words: Array) -> Array:
