@@ -125,6 +125,24 @@ class SaidUnbiased(Halves):
     unbiased: ClassVar[bool] = True
 
 
+class Rounds(Halves):
+    """To the nearest half: half of the error that rounding at random has, but the same in every draw."""
+
+    unbiased: ClassVar[bool] = True
+
+    def carrier(self, given: Form) -> Form:
+        return Form((given.count,))
+
+    def encode(self, x: Array, draw: Draw) -> tuple[Array, Mapping[str, Array]]:
+        return (np.rint(2 * x) / 2).reshape(-1), {}
+
+    def decode(self, carrier: Array, sides: Mapping[str, Array], given: Form, draw: Draw) -> Array:
+        return carrier
+
+    def error(self, x: Array) -> float:
+        return 0.25 * x.size**0.5 + 1e-6 * float(np.linalg.norm(x.astype(np.float64)))
+
+
 class Negative(Halves):
     """-0 comes back as 0: the same number, but not the same bits."""
 
@@ -193,6 +211,7 @@ BROKEN = {
     Bold: "its error promises",
     SaidExact: "said to be exact, but other bits came back",
     SaidUnbiased: "the mean of 400 draws is off by",
+    Rounds: "the mean of 400 draws is off by",
     Writes: "decode changed 'carrier'; work on a copy",
     Trusts: "nonsense raised IndexError.*, wanted MalformedMessage",
     Shortens: r"nonsense: decode gave \d+ of float32, wanted 1 of float32",

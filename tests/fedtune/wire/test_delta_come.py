@@ -68,7 +68,7 @@ def test_what_is_no_matrix_or_would_not_shrink_travels_as_int8(shape: tuple[int,
 
 
 def test_columns_by_hand() -> None:
-    """3 e1 e2^T + 1 e2 e1^T: sqrt(3) in both first columns, 1 in both second ones, and the scales are bfloat16 numbers above."""
+    """3 e1 e2^T + 1 e2 e1^T: sqrt(3) in both first columns, 1 in both second ones; scales: bfloat16 numbers from there on."""
     x = np.zeros((40, 50), np.float32)
     x[0, 1], x[1, 0] = 3, 1
     carrier, sides = DeltaCoMe(1, 1, 0).encode(x, DRAW)
