@@ -73,6 +73,10 @@ class FedSB(Strategy):
         lora = {path: _with_core(pair, state.tensors.get(f"{path}.{Role.CORE}")) for path, pair in state.adapter.lora.items()}
         return replace(state.adapter, lora=lora)
 
+    @property
+    def exact_down(self) -> str:
+        return "every client must hold the same A and B for as long as the run lasts"
+
     def answer(self, ask: Ask, local: LocalModel, memory: Memory) -> Answer:
         if ask.kind in (SKETCH, PROJECT):
             return Answer(slopes(ask, local, self.calibration_batches, self.seed), local.examples)

@@ -26,7 +26,7 @@ from fedtune.aggregation import aggregation_error
 from fedtune.errors import StrategyError
 from fedtune.memory import Memory
 from fedtune.payload import Payload, adapter_of, payload_of
-from fedtune.strategy import ADAPTER, Answer, Answers, Ask, ClientInfo, Fold, LocalModel, ServerState, Strategy
+from fedtune.strategy import ADAPTER, Answer, Answers, Ask, ClientInfo, Fold, LocalModel, Ranked, ServerState, Strategy
 from strategies import whole_matrix
 
 
@@ -74,11 +74,18 @@ class FedExLoRA(Strategy):
 
     def answer(self, ask: Ask, local: LocalModel, memory: Memory) -> Answer:
         given = self.received(ask.payload)
-        slots = {path: lora.first(pair, local.rank_of(path)) for path, pair in given.lora.items()}
         residual = {path: lora.rest(pair, local.rank_of(path)) for path, pair in given.lora.items()}
-        local.load(Adapter(slots, given.dense), merged=Adapter(residual))
+        local.load(_slots(given, local), merged=Adapter(residual))
         metrics = local.fit()
         return Answer(payload_of(local.adapter()), local.examples, metrics)
+
+    def began(self, ask: Ask, client: Ranked) -> Payload:
+        return payload_of(_slots(self.received(ask.payload), client))
+
+
+def _slots(given: Adapter, client: Ranked) -> Adapter:
+    """A and B of what was sent, without E."""
+    return Adapter({path: lora.first(pair, client.rank_of(path)) for path, pair in given.lora.items()}, given.dense)
 
 
 def _compact(pair: Factors) -> Factors:

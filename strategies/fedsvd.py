@@ -32,6 +32,7 @@ class FedSVD(OneFactor):
     paper: ClassVar[str] = "Lee et al., NeurIPS 2025, arXiv 2505.12805"
     up: ClassVar[str] = "r*d + h"
     down: ClassVar[str] = "r*(d + k) + h"
+    steady: ClassVar[bool] = False
 
     def start(self, adapter: Adapter) -> ServerState:
         return self.after(ServerState(adapter))

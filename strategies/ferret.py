@@ -79,6 +79,10 @@ class Ferret(Strategy):
     def trains_whole(self) -> bool:
         return self.trains == "whole"
 
+    @property
+    def exact_down(self) -> str:
+        return "" if self.trains_whole else "clients keep the adapter that the run began with, and its hash is checked"
+
     def check_job(self, job: Job) -> None:
         if self.trains_whole:
             require_movable_weights(job, self.name)

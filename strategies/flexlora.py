@@ -27,7 +27,7 @@ from fedtune.aggregation import aggregation_error, exact_mean
 from fedtune.errors import StrategyError
 from fedtune.memory import Memory
 from fedtune.payload import Payload, Role, payload_of
-from fedtune.strategy import ADAPTER, Answer, Answers, Ask, ClientInfo, Fold, LocalModel, ServerState, Strategy
+from fedtune.strategy import ADAPTER, Answer, Answers, Ask, ClientInfo, Fold, LocalModel, Ranked, ServerState, Strategy
 from strategies.nested import balanced, grown
 
 
@@ -40,6 +40,7 @@ class FlexLoRA(Strategy):
     up: ClassVar[str] = "r*(d + k) + h"
     down: ClassVar[str] = "min(r, d, k)*(d + k) + h"
     mixed_ranks: ClassVar[bool] = True
+    steady: ClassVar[bool] = False
     truncates: ClassVar[bool] = True
     max_rank: int | None = None  # of what is kept and published; by default the largest rank of a client so far
     seed: int = 0  # of the rows of A that a client starts from where M has too few directions
@@ -64,21 +65,27 @@ class FlexLoRA(Strategy):
         return ServerState(replace(state.adapter, lora=kept, dense=dense), scalars=largest, metrics=metrics)
 
     def answer(self, ask: Ask, local: LocalModel, memory: Memory) -> Answer:
-        cut = self.received(ask.payload)
-        local.load(Adapter({path: self._slot(path, pair, local) for path, pair in cut.lora.items()}, cut.dense))
+        local.load(self._start(ask.payload, local))
         metrics = local.fit()
         return Answer(payload_of(local.adapter()), local.examples, metrics)
+
+    def began(self, ask: Ask, client: Ranked) -> Payload:
+        return payload_of(self._start(ask.payload, client))
+
+    def _start(self, payload: Payload, client: Ranked) -> Adapter:
+        cut = self.received(payload)
+        return Adapter({path: self._slot(path, pair, client) for path, pair in cut.lora.items()}, cut.dense)
 
     def _rank(self, path: str, state: ServerState, cohort: Sequence[ClientInfo]) -> int:
         """Of M in this module: all that any client met so far can take."""
         met = int(state.scalars.get(f"{path}.rank", 0))
         return self.max_rank or max([met, *(client.rank_of(path) for client in cohort)])
 
-    def _slot(self, path: str, cut: Factors, local: LocalModel) -> Factors:
+    def _slot(self, path: str, cut: Factors, client: Ranked) -> Factors:
         """At the client's own rank and scale. A direction of length 0 has no gradient in either factor: it is drawn anew."""
         alive = int(cut.B.any(dim=0).sum())
-        start = balanced(lora.first(cut, alive), local.scale_of(path))
-        return grown(start, local.rank_of(path), path, self.seed)
+        start = balanced(lora.first(cut, alive), client.scale_of(path))
+        return grown(start, client.rank_of(path), path, self.seed)
 
 
 def cuts(cohort: Sequence[ClientInfo], adapter: Adapter) -> dict[str, Payload]:

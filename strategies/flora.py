@@ -27,7 +27,7 @@ from fedtune.errors import StrategyError
 from fedtune.memory import Memory
 from fedtune.payload import Payload, Role, adapter_of, payload_of
 from fedtune.seeds import lora_a
-from fedtune.strategy import ADAPTER, Answer, Answers, Ask, ClientInfo, Fold, LocalModel, ServerState, Strategy
+from fedtune.strategy import ADAPTER, Answer, Answers, Ask, ClientInfo, Fold, LocalModel, Ranked, ServerState, Strategy
 from strategies import whole_matrix
 
 ROW_NORM = 3**-0.5  # of A's rows as PEFT draws them: k entries of variance 1/(3k)
@@ -43,6 +43,7 @@ class FLoRA(Strategy):
     down: ClassVar[str] = "min(R*(d + k), r*(d + k) + d*k) + h"
     exact: ClassVar[bool] = True
     mixed_ranks: ClassVar[bool] = True
+    steady: ClassVar[bool] = False
     max_rank: int = 64  # of the cumulative adapter
     energy: float = 1.0  # share of its squared norm to keep
     start_from: Literal["warm", "cold"] = "warm"
@@ -73,13 +74,23 @@ class FLoRA(Strategy):
         return replace(state, adapter=Adapter(kept, dense, state.adapter.base), metrics=metrics)
 
     def answer(self, ask: Ask, local: LocalModel, memory: Memory) -> Answer:
-        cumulative, warm = self.received(ask.payload), self.start_from == "warm"
-        trained = {path: local.rank_of(path) if warm else 0 for path in cumulative.lora}
-        own = {path: self._slot(path, lora.first(pair, trained[path]), local) for path, pair in cumulative.lora.items()}
-        others = {path: lora.rest(pair, trained[path]) for path, pair in cumulative.lora.items()}
-        local.load(Adapter(own, cumulative.dense), merged=Adapter(others))
+        cumulative = self.received(ask.payload)
+        others = {path: lora.rest(pair, self._trained(path, local)) for path, pair in cumulative.lora.items()}
+        local.load(self._start(cumulative, local), merged=Adapter(others))
         metrics = local.fit()
         return Answer(payload_of(local.adapter()), local.examples, metrics)
+
+    def began(self, ask: Ask, client: Ranked) -> Payload:
+        return payload_of(self._start(self.received(ask.payload), client))
+
+    def _start(self, cumulative: Adapter, client: Ranked) -> Adapter:
+        """What a client trains on from."""
+        first = {path: lora.first(pair, self._trained(path, client)) for path, pair in cumulative.lora.items()}
+        return Adapter({path: self._slot(path, pair, client) for path, pair in first.items()}, cumulative.dense)
+
+    def _trained(self, path: str, client: Ranked) -> int:
+        """How many directions of M the client trains on from."""
+        return client.rank_of(path) if self.start_from == "warm" else 0
 
     def broadcast(self, state: ServerState) -> Payload:
         return self._sent(state.adapter, ())
@@ -103,9 +114,9 @@ class FLoRA(Strategy):
         retrained = [sum(share for id, share in shares.items() if ranks[id] > j) for j in range(pair.rank)]
         return replace(pair, B=pair.B.double() * (1 - torch.tensor(retrained, dtype=torch.float64)))
 
-    def _slot(self, path: str, start: Factors, local: LocalModel) -> Factors:
+    def _slot(self, path: str, start: Factors, client: Ranked) -> Factors:
         """A pair of the client's own rank and scale for the product of `start`: fresh rows of A where it has fewer."""
-        rank, scale = local.rank_of(path), local.scale_of(path)
+        rank, scale = client.rank_of(path), client.scale_of(path)
         fresh = lora_a(self.seed, path, rank, start.shape[1])[start.rank :]  # (r_i - q, k)
         pair = lora.with_scale(start, scale)
         return Factors(torch.cat([pair.A, fresh]), lora.padded(pair, rank).B, scale)

@@ -33,7 +33,7 @@ from fedtune.aggregation import OwnerMean, measured_error
 from fedtune.errors import StrategyError
 from fedtune.memory import Memory
 from fedtune.payload import Payload, Role, adapter_of, payload_of
-from fedtune.strategy import ADAPTER, Answer, Answers, Ask, ClientInfo, Fold, LocalModel, ServerState, Strategy
+from fedtune.strategy import ADAPTER, Answer, Answers, Ask, ClientInfo, Fold, LocalModel, Ranked, ServerState, Strategy
 from strategies.nested import balanced, grown
 
 
@@ -104,6 +104,11 @@ class HetLoRA(Strategy):
         if self.prune and self.tail(trained) < self.tail(start):
             trained = self._pruned(trained, memory)
         return Answer(payload_of(trained), local.examples, metrics)
+
+    def began(self, ask: Ask, client: Ranked) -> Payload:
+        given = self.received(ask.payload)
+        slots = {path: balanced(pair, client.scale_of(path)) for path, pair in given.lora.items()}
+        return payload_of(replace(given, lora=slots))
 
     def tail(self, adapter: Adapter) -> Tensor:
         """`sum |B[:, q:]| |A[q:, :]|` over the modules."""

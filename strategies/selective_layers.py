@@ -87,6 +87,14 @@ class SelectiveLayers(Strategy):
     def trains_whole(self) -> bool:
         return self.trains == "weights"
 
+    @property
+    def exact_down(self) -> str:
+        return "clients keep the tensors that have changed, and their hashes are checked"
+
+    @property
+    def exact_up(self) -> str:
+        return "a model's own weights come up, and the server has none to add a difference to" if self.trains_whole else ""
+
     def check_job(self, job: Job) -> None:
         if self.trains_whole:
             require_movable_weights(job, self.name, "strategy.trains=adapter, which trains the adapters in the layers")
