@@ -11,7 +11,8 @@ from fedtune.job import Job
 
 @dataclass(frozen=True)
 class ClientRecord:
-    """One client in one round. Bytes are tensors and header, both of training and evaluation."""
+    """One client in one round, of training and evaluation both. Bytes are tensors and header; of what is not known of older
+    runs, 0."""
 
     bytes_down: int = 0  # coordinator to client
     bytes_up: int = 0
@@ -20,6 +21,12 @@ class ClientRecord:
     train_loss: float | None = None  # mean over its local steps
     loss: float | None = None  # of the published adapter on its held-out examples, nats per token
     failed: str | None = None  # the reason, where it did not answer or was refused
+    header_down: int = 0  # of these bytes: all that is no tensor
+    header_up: int = 0
+    transport_down: int = 0  # estimated, beside them: what moves a message over a network (fedtune/wire/transport.py)
+    transport_up: int = 0
+    plain_down: int = 0  # the bytes, were every number sent as it is
+    plain_up: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,13 @@ class RoundRecord:
     @property
     def bytes_up(self) -> int:
         return sum(client.bytes_up for client in self.clients.values())
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times as large both directions were, were every number sent as it is; None of runs that did not count it."""
+        plain = sum(client.plain_down + client.plain_up for client in self.clients.values())
+        sent = self.bytes_down + self.bytes_up
+        return plain / sent if plain and sent else None
 
     @property
     def answered(self) -> int:

@@ -115,7 +115,9 @@ class Round:
             try:
                 info, like, decode = federation.clients[client], federation.plan.adapter, partial(decoded, client)
                 shapes = federation.plan.shapes
-                yield client, admit(envelope, ask_id, info, like, self._most, lower_rank, ask, shapes, decode), envelope
+                answer = admit(envelope, ask_id, info, like, self._most, lower_rank, ask, shapes, decode)
+                self.tally.read(client, envelope, answer.payload)
+                yield client, answer, envelope
             except Refused as reason:
                 self.tally.failed(client, f"refused: {reason}")
             except ClientFailed as reason:
@@ -160,7 +162,7 @@ class Round:
         header = {"ask": ask_id, "run": federation.job.name, "round": self.number, "base": federation.plan.adapter.base}
         asks = {client: federation.wire.ask(ask, client, header) for client in clients}
         for client, envelope in asks.items():
-            self.tally.sent(client, envelope)
+            self.tally.sent(client, envelope, ask.payload_for(client))
         return {federation.nodes[client]: envelope for client, envelope in asks.items()}
 
     def _require_quorum(self, answered: int, asked: int) -> None:

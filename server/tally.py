@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from fedtune.envelope import Envelope
+from fedtune.payload import Payload
 from fedtune.strategy import Answer
+from fedtune.wire.ledger import Cost, cost_of, plain_bytes
 from server.records import ClientRecord
 
 
 class Tally:
-    """Collects the ClientRecords of one round."""
+    """Collects the ClientRecords of one round. Every message counts, also one that is sent again or refused."""
 
     def __init__(self, clients: Iterable[str]) -> None:
         self.clients = {client: ClientRecord() for client in sorted(clients)}
         self.evaluated: dict[str, Mapping[str, float]] = {}
 
-    def sent(self, client: str, envelope: Envelope) -> None:
-        self._add(client, bytes_down=envelope.size())
+    def sent(self, client: str, envelope: Envelope, payload: Payload) -> None:
+        """`payload` is what it says."""
+        self._add(client, _down(cost_of(envelope, payload)))
 
     def came(self, client: str, envelope: Envelope) -> None:
-        self._add(client, bytes_up=envelope.size(), seconds=_seconds(envelope.header.get("seconds")))
+        """What it says is not known yet: sent plain, it would be as large as it is."""
+        self._add(client, _up(cost_of(envelope)), _seconds(envelope.header.get("seconds")))
+
+    def read(self, client: str, envelope: Envelope, payload: Payload) -> None:
+        """Of an answer that came, and was admitted."""
+        record = self.clients[client]
+        larger = plain_bytes(envelope, payload) - envelope.size()
+        self.clients[client] = replace(record, plain_up=record.plain_up + larger)
 
     def failed(self, client: str, reason: str) -> None:
         self.clients[client] = replace(self.clients[client], failed=reason)
@@ -52,14 +62,18 @@ class Tally:
             for name in names
         }
 
-    def _add(self, client: str, bytes_down: int = 0, bytes_up: int = 0, seconds: float = 0.0) -> None:
+    def _add(self, client: str, cost: Mapping[str, int], seconds: float = 0.0) -> None:
         record = self.clients[client]
-        self.clients[client] = replace(
-            record,
-            bytes_down=record.bytes_down + bytes_down,
-            bytes_up=record.bytes_up + bytes_up,
-            seconds=record.seconds + seconds,
-        )
+        counted = {name: getattr(record, name) + count for name, count in cost.items()}
+        self.clients[client] = replace(record, seconds=record.seconds + seconds, **counted)
+
+
+def _down(cost: Cost) -> dict[str, int]:
+    return {f"{field.name}_down": getattr(cost, field.name) for field in fields(cost)}
+
+
+def _up(cost: Cost) -> dict[str, int]:
+    return {f"{field.name}_up": getattr(cost, field.name) for field in fields(cost)}
 
 
 def _seconds(told: object) -> float:
