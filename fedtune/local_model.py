@@ -32,6 +32,16 @@ class Ranked:
         return self.pinned.get(path, (self.rank, self.scale))[1]
 
 
+class Ranks(Protocol):
+    """Whoever knows what a client trains: the client itself, or the server of a client."""
+
+    def rank_of(self, path: str) -> int:
+        """The rank of one module: `rank`, save where the job pins another."""
+
+    def scale_of(self, path: str) -> float:
+        """The scale of one module: `scale`, save where the job pins another rank or alpha."""
+
+
 class Movable(Protocol):
     """Named tensors that move along seeded directions: a client's whole model, or the adapter in its slot."""
 
@@ -63,18 +73,12 @@ class Movable(Protocol):
         """Of all `slopes` so far: the mean `loss`, and `steps`, `examples` and `lr_sum`, as `LocalModel.fit` has them."""
 
 
-class LocalModel(Protocol):
+class LocalModel(Ranks, Protocol):
     """What the client half sees: one client's data and the resident base model, with an adapter attached to it."""
 
     examples: int  # training examples of this client
     rank: int  # of the adapter that this client trains
     scale: float  # alpha/r or alpha/sqrt(r) of that adapter
-
-    def rank_of(self, path: str) -> int:
-        """The rank of one module: `rank`, save where the job pins another."""
-
-    def scale_of(self, path: str) -> float:
-        """The scale of one module: `scale`, save where the job pins another rank or alpha."""
 
     def load(
         self,

@@ -57,6 +57,11 @@ def role_of(name: str) -> Role:
     return next((role for role in (Role.A, Role.B) if name.endswith(f".{role}")), Role.DENSE)
 
 
+def by_name(tensors: Mapping[str, Tensor]) -> Payload:
+    """Tensors of an adapter or a model, each with the role that its name tells."""
+    return Payload(tensors, {name: role_of(name) for name in tensors})
+
+
 def joined(*payloads: Payload) -> Payload:
     """All that they hold; of what two hold by the same name, the later's."""
     tensors = {name: tensor for payload in payloads for name, tensor in payload.tensors.items()}

@@ -21,7 +21,7 @@ from torch import Tensor
 from fedtune.adapter import Adapter
 from fedtune.changed_weights import ChangedWeights
 from fedtune.errors import StrategyError
-from fedtune.local_model import LocalModel, Movable, Penalty, Ranked
+from fedtune.local_model import LocalModel, Movable, Penalty, Ranked, Ranks
 from fedtune.memory import Memory
 from fedtune.payload import Payload, Role, adapter_of, payload_of
 from fedtune.recipe import Recipe
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fedtune.job import Job
 
 __all__ = ["ADAPTER", "Answer", "Answers", "Ask", "ClientInfo", "Fold", "Limits", "LocalModel", "Movable", "Penalty", "Ranked"]
-__all__ += ["ServerState", "Strategy", "require_one_rank"]
+__all__ += ["Ranks", "ServerState", "Strategy", "require_one_rank"]
 
 ADAPTER = (Role.A, Role.B, Role.DENSE)  # what an answer with a whole adapter holds
 
@@ -165,15 +165,8 @@ class Strategy(ABC):
     personal: ClassVar[bool] = False  # each client ends with a model of its own
     steady: ClassVar[bool] = True  # a number of an answer means the same in every round: what a codec loses can follow later
 
-    @property
-    def exact_up(self) -> str:
-        """Why answers must arrive bit for bit; empty where a codec may lose a little."""
-        return ""
-
-    @property
-    def exact_down(self) -> str:
-        """Why asks must arrive bit for bit."""
-        return ""
+    exact_down: ClassVar[str] = ""  # why asks must arrive bit for bit; empty where a codec may lose a little
+    exact_up: ClassVar[str] = ""  # and answers
 
     @property
     def trains_whole(self) -> bool:
@@ -211,7 +204,7 @@ class Strategy(ABC):
 
     # both halves
 
-    def began(self, ask: Ask, client: Ranked) -> Payload:
+    def began(self, ask: Ask, client: Ranks) -> Payload:
         """What the tensors of a client's answer began as, as far as both sides know it: the wire sends differences to that. By
         default what `ask`, as it came, has by the same names; where a client starts from something else, say from what."""
         return ask.payload

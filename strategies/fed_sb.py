@@ -45,6 +45,7 @@ class FedSB(Strategy):
     up: ClassVar[str] = "r*r + h"
     down: ClassVar[str] = "r*r + h"  # of a client that holds A and B; r*(d + k) more before its first training
     exact: ClassVar[bool] = True
+    exact_down: ClassVar[str] = "every client must hold the same A and B for as long as the run lasts"
     secure_sum: ClassVar[bool] = True
     calibration_batches: int = 4  # of each client, for its gradient
     passes: int = 1  # of the calibration
@@ -72,10 +73,6 @@ class FedSB(Strategy):
     def published(self, state: ServerState) -> Adapter:
         lora = {path: _with_core(pair, state.tensors.get(f"{path}.{Role.CORE}")) for path, pair in state.adapter.lora.items()}
         return replace(state.adapter, lora=lora)
-
-    @property
-    def exact_down(self) -> str:
-        return "every client must hold the same A and B for as long as the run lasts"
 
     def answer(self, ask: Ask, local: LocalModel, memory: Memory) -> Answer:
         if ask.kind in (SKETCH, PROJECT):

@@ -26,7 +26,7 @@ from fedtune.aggregation import aggregation_error
 from fedtune.errors import StrategyError
 from fedtune.memory import Memory
 from fedtune.payload import Payload, adapter_of, payload_of
-from fedtune.strategy import ADAPTER, Answer, Answers, Ask, ClientInfo, Fold, LocalModel, Ranked, ServerState, Strategy
+from fedtune.strategy import ADAPTER, Answer, Answers, Ask, ClientInfo, Fold, LocalModel, Ranks, ServerState, Strategy
 from strategies import whole_matrix
 
 
@@ -79,11 +79,11 @@ class FedExLoRA(Strategy):
         metrics = local.fit()
         return Answer(payload_of(local.adapter()), local.examples, metrics)
 
-    def began(self, ask: Ask, client: Ranked) -> Payload:
+    def began(self, ask: Ask, client: Ranks) -> Payload:
         return payload_of(_slots(self.received(ask.payload), client))
 
 
-def _slots(given: Adapter, client: Ranked) -> Adapter:
+def _slots(given: Adapter, client: Ranks) -> Adapter:
     """A and B of what was sent, without E."""
     return Adapter({path: lora.first(pair, client.rank_of(path)) for path, pair in given.lora.items()}, given.dense)
 

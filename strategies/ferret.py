@@ -80,7 +80,7 @@ class Ferret(Strategy):
         return self.trains == "whole"
 
     @property
-    def exact_down(self) -> str:
+    def exact_down(self) -> str:  # type: ignore[override]
         return "" if self.trains_whole else "clients keep the adapter that the run began with, and its hash is checked"
 
     def check_job(self, job: Job) -> None:

@@ -27,7 +27,7 @@ from fedtune.aggregation import aggregation_error, exact_mean
 from fedtune.errors import StrategyError
 from fedtune.memory import Memory
 from fedtune.payload import Payload, Role, payload_of
-from fedtune.strategy import ADAPTER, Answer, Answers, Ask, ClientInfo, Fold, LocalModel, Ranked, ServerState, Strategy
+from fedtune.strategy import ADAPTER, Answer, Answers, Ask, ClientInfo, Fold, LocalModel, Ranks, ServerState, Strategy
 from strategies.nested import balanced, grown
 
 
@@ -69,10 +69,10 @@ class FlexLoRA(Strategy):
         metrics = local.fit()
         return Answer(payload_of(local.adapter()), local.examples, metrics)
 
-    def began(self, ask: Ask, client: Ranked) -> Payload:
+    def began(self, ask: Ask, client: Ranks) -> Payload:
         return payload_of(self._start(ask.payload, client))
 
-    def _start(self, payload: Payload, client: Ranked) -> Adapter:
+    def _start(self, payload: Payload, client: Ranks) -> Adapter:
         cut = self.received(payload)
         return Adapter({path: self._slot(path, pair, client) for path, pair in cut.lora.items()}, cut.dense)
 
@@ -81,7 +81,7 @@ class FlexLoRA(Strategy):
         met = int(state.scalars.get(f"{path}.rank", 0))
         return self.max_rank or max([met, *(client.rank_of(path) for client in cohort)])
 
-    def _slot(self, path: str, cut: Factors, client: Ranked) -> Factors:
+    def _slot(self, path: str, cut: Factors, client: Ranks) -> Factors:
         """At the client's own rank and scale. A direction of length 0 has no gradient in either factor: it is drawn anew."""
         alive = int(cut.B.any(dim=0).sum())
         start = balanced(lora.first(cut, alive), client.scale_of(path))

@@ -27,7 +27,7 @@ from fedtune.errors import StrategyError
 from fedtune.memory import Memory
 from fedtune.payload import Payload, Role, adapter_of, payload_of
 from fedtune.seeds import lora_a
-from fedtune.strategy import ADAPTER, Answer, Answers, Ask, ClientInfo, Fold, LocalModel, Ranked, ServerState, Strategy
+from fedtune.strategy import ADAPTER, Answer, Answers, Ask, ClientInfo, Fold, LocalModel, Ranks, ServerState, Strategy
 from strategies import whole_matrix
 
 ROW_NORM = 3**-0.5  # of A's rows as PEFT draws them: k entries of variance 1/(3k)
@@ -80,15 +80,15 @@ class FLoRA(Strategy):
         metrics = local.fit()
         return Answer(payload_of(local.adapter()), local.examples, metrics)
 
-    def began(self, ask: Ask, client: Ranked) -> Payload:
+    def began(self, ask: Ask, client: Ranks) -> Payload:
         return payload_of(self._start(self.received(ask.payload), client))
 
-    def _start(self, cumulative: Adapter, client: Ranked) -> Adapter:
+    def _start(self, cumulative: Adapter, client: Ranks) -> Adapter:
         """What a client trains on from."""
         first = {path: lora.first(pair, self._trained(path, client)) for path, pair in cumulative.lora.items()}
         return Adapter({path: self._slot(path, pair, client) for path, pair in first.items()}, cumulative.dense)
 
-    def _trained(self, path: str, client: Ranked) -> int:
+    def _trained(self, path: str, client: Ranks) -> int:
         """How many directions of M the client trains on from."""
         return client.rank_of(path) if self.start_from == "warm" else 0
 
@@ -114,7 +114,7 @@ class FLoRA(Strategy):
         retrained = [sum(share for id, share in shares.items() if ranks[id] > j) for j in range(pair.rank)]
         return replace(pair, B=pair.B.double() * (1 - torch.tensor(retrained, dtype=torch.float64)))
 
-    def _slot(self, path: str, start: Factors, client: Ranked) -> Factors:
+    def _slot(self, path: str, start: Factors, client: Ranks) -> Factors:
         """A pair of the client's own rank and scale for the product of `start`: fresh rows of A where it has fewer."""
         rank, scale = client.rank_of(path), client.scale_of(path)
         fresh = lora_a(self.seed, path, rank, start.shape[1])[start.rank :]  # (r_i - q, k)

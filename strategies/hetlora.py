@@ -33,7 +33,7 @@ from fedtune.aggregation import OwnerMean, measured_error
 from fedtune.errors import StrategyError
 from fedtune.memory import Memory
 from fedtune.payload import Payload, Role, adapter_of, payload_of
-from fedtune.strategy import ADAPTER, Answer, Answers, Ask, ClientInfo, Fold, LocalModel, Ranked, ServerState, Strategy
+from fedtune.strategy import ADAPTER, Answer, Answers, Ask, ClientInfo, Fold, LocalModel, Ranks, ServerState, Strategy
 from strategies.nested import balanced, grown
 
 
@@ -105,7 +105,7 @@ class HetLoRA(Strategy):
             trained = self._pruned(trained, memory)
         return Answer(payload_of(trained), local.examples, metrics)
 
-    def began(self, ask: Ask, client: Ranked) -> Payload:
+    def began(self, ask: Ask, client: Ranks) -> Payload:
         given = self.received(ask.payload)
         slots = {path: balanced(pair, client.scale_of(path)) for path, pair in given.lora.items()}
         return payload_of(replace(given, lora=slots))

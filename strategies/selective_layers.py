@@ -33,7 +33,7 @@ from fedtune.changed_weights import ChangedWeights
 from fedtune.errors import StrategyError
 from fedtune.job import Job
 from fedtune.memory import Memory
-from fedtune.payload import Payload, Role, adapter_of, joined, payload_of, role_of, vectors
+from fedtune.payload import Payload, Role, adapter_of, by_name, joined, payload_of, vectors
 from fedtune.seeds import seed_of
 from fedtune.strategy import Answer, Answers, Ask, ClientInfo, Fold, Limits, LocalModel, ServerState, Strategy
 from fedtune.trainable import Trainable
@@ -59,6 +59,7 @@ class SelectiveLayers(Strategy):
     paper: ClassVar[str] = "Sun et al. 2024, arXiv 2408.15600"
     up: ClassVar[str] = "chosen*d*k + h + L"
     down: ClassVar[str] = "changed*d*k + h + n - (-n//8)"
+    exact_down: ClassVar[str] = "clients keep the tensors that have changed, and their hashes are checked"
     trains: Literal["weights", "adapter"] = "weights"
     layers: int = 2  # of a client that does not say what it can afford
     rule: Rule = "p1"
@@ -72,8 +73,7 @@ class SelectiveLayers(Strategy):
 
     def __post_init__(self) -> None:
         for setting in ("layers", "probe_every", "probe_batches"):
-            if getattr(self, setting) < 1:
-                given = getattr(self, setting)
+            if (given := getattr(self, setting)) < 1:
                 raise StrategyError(f"strategy 'selective_layers' needs {setting} of at least 1, given {given}")
         for setting in ("balance", "importance_rate"):
             if not 0 <= (given := getattr(self, setting)) < math.inf:
@@ -88,11 +88,7 @@ class SelectiveLayers(Strategy):
         return self.trains == "weights"
 
     @property
-    def exact_down(self) -> str:
-        return "clients keep the tensors that have changed, and their hashes are checked"
-
-    @property
-    def exact_up(self) -> str:
+    def exact_up(self) -> str:  # type: ignore[override]
         return "a model's own weights come up, and the server has none to add a difference to" if self.trains_whole else ""
 
     def check_job(self, job: Job) -> None:
@@ -284,9 +280,7 @@ class SelectiveLayers(Strategy):
         before = model.loss(1) if learns else 0.0
         metrics = model.fit(names) if names else {}
         gain = {GAIN: torch.tensor([before - model.loss(1)])} if learns else {}
-        values = model.values(names)
-        kinds = {name: role_of(name) for name in values}
-        return Answer(joined(Payload(values, kinds), vectors(gain)), local.examples, metrics)
+        return Answer(joined(by_name(model.values(names)), vectors(gain)), local.examples, metrics)
 
     def use(self, payload: Payload, local: LocalModel, memory: Memory) -> None:
         self._ready(payload, local, memory)
@@ -299,7 +293,7 @@ class SelectiveLayers(Strategy):
             model.put(values)
             return model
         scales = {name: value for name, value in payload.scalars.items() if name.endswith(".scale")}
-        local.load(adapter_of(Payload(values, {name: role_of(name) for name in values}, scales)))
+        local.load(adapter_of(replace(by_name(values), scalars=scales)))
         return local.trainable("adapter")
 
 

@@ -17,7 +17,7 @@ from fedtune.errors import MalformedMessage
 from fedtune.memory import Memory
 from fedtune.payload import Payload, Role
 from fedtune.seeds import seed_of
-from fedtune.strategy import Answer, Ask, ClientInfo, Ranked, Strategy
+from fedtune.strategy import Answer, Ask, ClientInfo, Ranks, Strategy
 from fedtune.wire.codec import Codec
 from fedtune.wire.feedback import Feedback
 from fedtune.wire.packed import pack, unpack
@@ -42,7 +42,7 @@ class ServerEnd:
         self._wire, self._strategy, self._versions = wire, strategy, Versions(start, wire.versions)
         self._asked: dict[str, tuple[Ask, Ask]] = {}  # of each client the ask that it was sent last: as meant, and as it came
         self._coming: dict[str, Held] = {}
-        self._sent: dict[tuple[int, str], Sent] = {}  # of the open ask: by the identity of a payload, and who has what
+        self._sent: dict[tuple[int, str], tuple[Payload, Sent]] = {}  # of the open ask: by a payload's id, and who has what
 
     def ask(self, ask: Ask, client: str, header: Mapping[str, Any]) -> Envelope:
         """The message for one client. Clients that have the same and are sent the same share its bytes."""
@@ -53,8 +53,9 @@ class ServerEnd:
         held = self._versions.of(client)
         shared = id(payload), held.version
         if shared not in self._sent:
-            self._sent[shared] = sent_to(held, payload, self._wire.down, self._wire.seed, str(header["ask"]))
-        sent = self._sent[shared]
+            sent = sent_to(held, payload, self._wire.down, self._wire.seed, str(header["ask"]))
+            self._sent[shared] = payload, sent  # the payload stays: its id is another's when it is gone
+        sent = self._sent[shared][1]
         self._coming[client] = sent.held
         self._asked[client] = Ask(ask.kind, payload), Ask(ask.kind, sent.packed.received)
         about = {**header, "kind": ask.kind, "version": WIRE_VERSION, "since": sent.since}
@@ -67,7 +68,7 @@ class ServerEnd:
             self._versions.forget(client)
         elif coming is not None:
             self._versions.arrived(client, coming)
-        return envelope is not None and envelope.header.get(RESEND) is True
+        return envelope is not None and "failed" in envelope.header and envelope.header.get(RESEND) is True
 
     def settle(self) -> None:
         """All answers to an ask have come; those that did not come are of clients of whom nothing is known."""
@@ -85,7 +86,7 @@ class ServerEnd:
             answer = unpack_answer(envelope)
         else:
             require_version(header)
-            key = seed_of(self._wire.seed, str(header.get("ask")), "up", client.id)
+            key = seed_of(self._wire.seed, _word(header, "ask"), "up", client.id)
             payload = unpack(_data(envelope, codec), self._wire.up, key, self._strategy.began(came, client), most)
             answer = answer_with(payload, header)
         if self._wire.down.change.exact:
@@ -110,18 +111,18 @@ class ClientEnd:
             _require_count(envelope, self._most)
             return unpack_ask(envelope)
         require_version(header)
-        wire, since, ask_id = self._wire, str(header.get("since")), str(header.get("ask"))
+        wire, since, ask_id = self._wire, _word(header, "since"), _word(header, "ask")
         data = _data(envelope, codec)
         payload = received(data, since, wire.down, wire.seed, ask_id, self._memory, self._start(), self._most)
         return Ask(str(header.get("kind")), payload)
 
-    def answer(self, answer: Answer, ask: Ask, local: Ranked, header: Mapping[str, Any]) -> Envelope:
+    def answer(self, answer: Answer, ask: Ask, local: Ranks, header: Mapping[str, Any]) -> Envelope:
         """The answer to an ask as it came; `header` repeats its id and its round."""
         codec = self._wire.up.change
         if not answer.payload.tensors or codec.plain:
             return pack_answer(answer, header)
         key = seed_of(self._wire.seed, str(header["ask"]), "up", self._client)
-        errors = Feedback(self._memory, ask.kind, int(header["round"]), self._wire.decay) if self._wire.feedback else None
+        errors = Feedback(self._memory, ask.kind, header, self._wire.decay) if self._wire.feedback else None
         packed = pack(answer.payload, self._wire.up, key, self._strategy.began(ask, local), errors=errors)
         about = {**header, "version": WIRE_VERSION, "weight": answer.weight, "metrics": dict(answer.metrics)}
         return _packed(packed.data, about, codec)
@@ -158,6 +159,15 @@ def _data(envelope: Envelope, codec: Codec) -> bytes:
             f"tensors came by codec {str(envelope.header.get('codec'))[:80]!r}, this job's is '{codec.text}' (wire)"
         )
     return envelope.tensors[0].data
+
+
+def _word(header: Mapping[str, Any], name: str) -> str:
+    """Raises MalformedMessage unless it can be hashed."""
+    try:
+        str(header.get(name)).encode()
+    except UnicodeEncodeError as error:
+        raise MalformedMessage(f"a message came whose '{name}' is no text") from error
+    return str(header.get(name))
 
 
 def _require_count(envelope: Envelope, most: int) -> None:
