@@ -45,8 +45,7 @@ from strategies.layer_tensors import Parts, layers_in, mask_of, named_by, number
 from strategies.seeded import require_movable_weights
 
 WEIGHT = "weight."  # in the state, before the name of a parameter
-ROUND, SCORES, COSTS, IMPORTANCE = "round", "scores", "costs", "importance"
-MASK, LAYERS, GAIN = "mask", "layers", "gain"
+ROUND, SCORES, COSTS, IMPORTANCE, MASK, LAYERS, GAIN = "round", "scores", "costs", "importance", "mask", "layers", "gain"
 
 Step = Generator[Ask, Answers, ServerState]
 
