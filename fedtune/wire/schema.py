@@ -14,27 +14,28 @@ from enum import StrEnum
 
 import torch
 import zstandard
+from torch import Tensor
 
 from fedtune.errors import MalformedMessage
 from fedtune.payload import Payload, Role
-from fedtune.wire.raw import DTYPES, UNREADABLE
+from fedtune.wire.raw import DTYPES, LARGEST, UNREADABLE
 
-LARGEST = 2**24  # bytes of JSON
+TENSORS = 2**11  # in a message, beside twice as many as the receiver knows; each costs time, even an empty one
+COMMAS = 8  # in the text of a schema, for each tensor that there can be
+NAMES = 512  # characters of the longest name
 LEVEL = 9
+SIZES = 15  # of the longest shape
 
 
 class Mode(StrEnum):
     """How a tensor travels."""
 
     CHANGE = "c"  # its difference to what the receiver has under this name
-    FRESH = "n"  # the same by the codec for first tensors: the receiver has only what the job starts from
     FIRST = "f"  # whole: the receiver has nothing like it
     SAME = "s"  # not at all: the receiver has it
     RAW = "r"  # byte by byte: vectors, whole numbers, what is not finite
 
 
-CODED = (Mode.CHANGE, Mode.FRESH, Mode.FIRST)
-BASED = (Mode.CHANGE, Mode.FRESH)  # on what the receiver has
 LOSSY = ("float32", "float16", "bfloat16")  # types whose tensors go through codecs
 
 
@@ -52,6 +53,11 @@ class Line:
     def count(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def size(self) -> int:
+        """Bytes, as it is."""
+        return self.count * DTYPES[self.dtype].itemsize
+
 
 @dataclass(frozen=True)
 class Schema:
@@ -60,19 +66,21 @@ class Schema:
     lines: tuple[Line, ...]
     scalars: Mapping[str, float]
 
-    def as_bytes(self) -> bytes:
+    def as_text(self) -> str:
         lines = [[line.name, line.role, line.dtype, line.shape, line.mode] for line in self.lines]
-        text = json.dumps([lines, dict(self.scalars)], separators=(",", ":"))
-        return zstandard.ZstdCompressor(level=LEVEL, write_content_size=True).compress(text.encode())
+        return json.dumps([lines, dict(self.scalars)], separators=(",", ":"))
+
+    def as_bytes(self) -> bytes:
+        return zstandard.ZstdCompressor(level=LEVEL, write_content_size=True).compress(self.as_text().encode())
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Schema:
-        """Raises MalformedMessage."""
+    def from_bytes(cls, data: bytes, known: int = 0) -> Schema:
+        """Of a sender who may name twice as many tensors as are `known`, and some more. Raises MalformedMessage."""
         try:
-            lines, scalars = json.loads(_unpressed(data))
-            return cls(tuple(_line(*line) for line in lines), {_text(name): float(value) for name, value in scalars.items()})
+            lines, scalars = json.loads(_text(data, TENSORS + 2 * known))
+            return cls(tuple(_line(*line) for line in lines), {_name(name): _scalar(x) for name, x in scalars.items()})
         except (*UNREADABLE, RecursionError, zstandard.ZstdError) as error:
-            raise MalformedMessage(f"a message came whose schema cannot be read: {error}") from error
+            raise MalformedMessage(f"a message came whose schema cannot be read: {str(error)[:200]}") from error
 
     def travelling(self, mode: Mode) -> Schema:
         """The same, where all tensors travel so; what goes through no codec goes raw, if it goes."""
@@ -91,37 +99,81 @@ def schema_of(payload: Payload, modes: Mapping[str, Mode]) -> Schema:
 
 def known_schema(known: Payload) -> Schema:
     """That of a payload like the one which the receiver has."""
-    return schema_of(known, {name: Mode.CHANGE if codable(known, name) else Mode.RAW for name in known.tensors})
+    modes = {name: Mode.CHANGE if codable(known.tensors[name], role) else Mode.RAW for name, role in known.roles.items()}
+    return schema_of(known, modes)
 
 
-def codable(payload: Payload, name: str) -> bool:
-    """Whether a tensor goes through a codec, if it is finite."""
-    tensor = payload.tensors[name]
-    dtype = as_text(tensor.dtype)
-    return payload.roles[name] is not Role.VECTOR and dtype in LOSSY and tensor.numel() > 0
+def codable(tensor: Tensor, role: Role) -> bool:
+    """Whether it goes through a codec, if it is finite."""
+    return role is not Role.VECTOR and as_text(tensor.dtype) in LOSSY and tensor.numel() > 0
+
+
+def fits(known: Payload, name: str, role: Role, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor can be a difference to what is known by its name."""
+    base = known.tensors.get(name)
+    return base is not None and codable(base, role) and (known.roles[name], tuple(base.shape)) == (role, shape)
+
+
+def is_there(known: Payload, name: str, role: Role, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether a tensor can be the one that is known by its name."""
+    base = known.tensors.get(name)
+    return base is not None and (known.roles[name], tuple(base.shape), base.dtype) == (role, shape, dtype)
+
+
+def require_possible(schema: Schema, known: Payload, most: int) -> None:
+    """At most so many numbers, and of all that is said to be known here, it is. Raises MalformedMessage."""
+    total = sum(line.count for line in schema.lines)
+    if total > most:
+        raise MalformedMessage(f"a message of {total} numbers came, wanted at most {most}")
+    if len({line.name for line in schema.lines}) != len(schema.lines):
+        raise MalformedMessage("a message came that names a tensor twice")
+    for line in schema.lines:
+        _require_known(line, known)
+        coded = line.mode in (Mode.CHANGE, Mode.FIRST)
+        if coded and (line.role is Role.VECTOR or line.dtype not in LOSSY or line.count == 0):
+            raise MalformedMessage(f"'{line.name}', {line.role} of {line.dtype} {line.shape}, came through a codec")
 
 
 def as_text(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _unpressed(data: bytes) -> bytes:
-    """Of a size that the frame names, so that no more memory is taken."""
-    size = zstandard.get_frame_parameters(data).content_size
-    if not 0 < size <= LARGEST:
-        raise ValueError(f"it says that it has {size} bytes, wanted at most {LARGEST}")
-    return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+def _require_known(line: Line, known: Payload) -> None:
+    as_base = line.mode is Mode.CHANGE and not fits(known, line.name, line.role, line.shape)
+    as_it_is = line.mode is Mode.SAME and not is_there(known, line.name, line.role, line.shape, DTYPES[line.dtype])
+    if as_base or as_it_is:
+        raise MalformedMessage(f"'{line.name}' came as a difference to what is not known here")
+
+
+def _text(data: bytes, tensors: int) -> bytes:
+    """Of a size that the frame names, and no longer than that many tensors need: as Python objects it is larger."""
+    size, largest = zstandard.get_frame_parameters(data).content_size, NAMES * tensors
+    if not 0 < size <= largest:
+        raise ValueError(f"it says that it has {size} bytes, wanted at most {largest}")
+    text = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+    if len(text) != size or text.count(b",") > COMMAS * tensors:
+        raise ValueError(f"it holds more than {tensors} tensors")
+    return text
 
 
 def _line(name: object, role: str, dtype: str, shape: object, mode: str) -> Line:
     if dtype not in DTYPES:
         raise ValueError(f"a tensor of type {dtype!r}")
-    if not (isinstance(shape, list) and all(type(size) is int and 0 <= size < 2**40 for size in shape) and len(shape) < 16):
+    if not (isinstance(shape, list) and len(shape) <= SIZES and all(type(size) is int and size >= 0 for size in shape)):
         raise ValueError(f"a shape of {shape!r}")
-    return Line(_text(name), Role(role), dtype, tuple(shape), Mode(mode))
+    if math.prod(max(size, 1) for size in shape) > LARGEST:  # torch counts with the others even where one of them is 0
+        raise ValueError(f"a shape of {shape!r}")
+    return Line(_name(name), Role(role), dtype, tuple(shape), Mode(mode))
 
 
-def _text(name: object) -> str:
-    if not isinstance(name, str):
+def _name(name: object) -> str:
+    if not isinstance(name, str) or len(name) > NAMES:
         raise ValueError(f"a name of {name!r}")
+    name.encode()  # what no encoding holds cannot name what is drawn, or lie in a file
     return name
+
+
+def _scalar(value: object) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f"a scalar of {value!r}")
+    return float(value)  # type: ignore[arg-type]

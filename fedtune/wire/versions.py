@@ -26,6 +26,8 @@ from fedtune.memory import Memory
 from fedtune.payload import Payload, Role, joined
 from fedtune.seeds import seed_of
 from fedtune.wire.packed import NOTHING, Codecs, Packed, pack, unpack
+from fedtune.wire.raw import UNREADABLE
+from fedtune.wire.schema import as_text
 
 START = "start"
 KEPT, ABOUT = "wire.kept.", "wire.about"  # in a client's memory: before the name of a tensor; all that is no tensor
@@ -55,7 +57,7 @@ class Sent:
 
 def sent_to(held: Held, payload: Payload, codecs: Codecs, seed: int, ask_id: str) -> Sent:
     """`payload` for clients that have `held`."""
-    sources = {name: _digest(tensor) for name, tensor in payload.tensors.items()}
+    sources = _sources(payload)
     same = {name for name, digest in sources.items() if held.sources.get(name) == digest}
     key = seed_of(seed, ask_id, "down", held.version)
     packed = pack(payload, codecs, key, held.payload, fresh=held.version == START, same=same)
@@ -67,7 +69,7 @@ class Versions:
     """The server's notes: who has what. At most `most` versions; older ones are forgotten."""
 
     def __init__(self, start: Payload, most: int) -> None:
-        self._start, self._most, self._asked = Held(payload=start), most, 0
+        self._start, self._most, self._asked = Held(START, start, _sources(start)), most, 0
         self._held: dict[str, Held] = {}
         self._since: dict[str, int] = {}  # version -> the ask that made it
 
@@ -103,30 +105,45 @@ def received(
 
 
 def kept(memory: Memory, version: str, start: Payload) -> Payload:
-    """What a client has in this version. Raises Outdated where it has another."""
+    """What a client has in this version. Raises Outdated where it has another, or a memory that is damaged."""
     if version == START:
         return start
-    about: dict[str, Any] = json.loads(memory[ABOUT].numpy().tobytes()) if ABOUT in memory else {"version": START}
-    if about["version"] != version:
-        raise Outdated(f"the ask builds on version {version[:20]} of the broadcast, this client has {about['version']}")
-    tensors = {name: memory[KEPT + name] for name in about["roles"]}
-    return Payload(tensors, {name: Role(role) for name, role in about["roles"].items()}, about["scalars"])
+    try:
+        about: dict[str, Any] = json.loads(memory[ABOUT].numpy().tobytes()) if ABOUT in memory else {"version": START}
+        if about["version"] != version:
+            raise Outdated(f"the ask builds on version {version[:20]} of the broadcast, this client has {about['version']}")
+        tensors = {name: _as_noted(memory[KEPT + name], *form) for name, (_, *form) in about["tensors"].items()}
+        return Payload(tensors, {name: Role(role) for name, (role, *_) in about["tensors"].items()}, about["scalars"])
+    except UNREADABLE as error:
+        raise Outdated(f"what this client kept of the broadcast is damaged: {error!r}") from error
+
+
+def _as_noted(tensor: Tensor, dtype: str, shape: list[int]) -> Tensor:
+    if (as_text(tensor.dtype), list(tensor.shape)) != (dtype, shape):
+        raise ValueError(f"a tensor is {tensor.dtype} {tuple(tensor.shape)}, noted as {dtype} {shape}")
+    return tensor
 
 
 def _keep(memory: Memory, version: str, payload: Payload, changed: Collection[str] | None) -> None:
-    """`changed` are the tensors that came; None is all, and what was there before goes."""
+    """`changed` are the tensors that came; None is all, and what was there before goes. While it is under way, nothing is said
+    to be there: a client that fails in the middle is sent everything."""
+    memory.pop(ABOUT, None)
     if changed is None:
         for name in [name for name in memory if name.startswith(KEPT)]:
             del memory[name]
     for name in payload.tensors if changed is None else changed:
         memory.keep(KEPT + name, payload.tensors[name])
-    roles = {name: str(role) for name, role in payload.roles.items()}
-    about = json.dumps({"version": version, "roles": roles, "scalars": dict(payload.scalars)}).encode()
+    tensors = {name: (payload.roles[name], as_text(tensor.dtype), tensor.shape) for name, tensor in payload.tensors.items()}
+    about = json.dumps({"version": version, "tensors": tensors, "scalars": dict(payload.scalars)}).encode()
     memory[ABOUT] = torch.from_numpy(np.frombuffer(about, np.uint8).copy())
 
 
 def _next(version: str, data: bytes) -> str:
     return hashlib.sha256(version.encode() + b"\x1f" + data).hexdigest()[:16]
+
+
+def _sources(payload: Payload) -> dict[str, bytes]:
+    return {name: _digest(tensor) for name, tensor in payload.tensors.items()}
 
 
 def _digest(tensor: Tensor) -> bytes:
