@@ -42,6 +42,14 @@ def test_error_is_a_bound(stage: Common, count: int, seed: int, exponent: int) -
     assert np.linalg.norm(back(stage, x).astype(np.float64) - x) <= stage.error(x)
 
 
+def test_the_bound_is_near_what_happens_at_worst() -> None:
+    """A number just above 0 is sometimes rounded up to a whole step; four of them, to twice that."""
+    stage = Common(8, 1.0)
+    off = back(stage, np.full(100_000, stage.step / 1000, np.float32)).max() - stage.step / 1000
+    assert off == pytest.approx(stage.error(np.zeros(1, np.float32)), rel=2e-3)
+    assert stage.error(np.zeros(4, np.float32)) == 2 * stage.step
+
+
 def test_what_is_beyond_the_clip_is_cut() -> None:
     stage = Common(4, 0.07)  # step 0.01, with eight bits
     symbols, _ = stage.encode(np.array([1, -1, MOST, -MOST, 0], np.float32), DRAW)
