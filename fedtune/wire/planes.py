@@ -65,7 +65,7 @@ def read_planes(data: bytes, form: Form) -> Array:
     raw = [place for place in range(width) if not mask >> place & 1]
     start = 1 + len(raw) * form.count
     if mask >= 2**width or len(data) < start:
-        raise MalformedMessage(f"a stream of {form.count} words came in {len(data)} bytes, which is too short")
+        raise MalformedMessage(f"a stream of {form.count} words came in {len(data)} bytes, planes {mask:b}, which cannot be")
     plain = np.frombuffer(data, np.uint8, start - 1, 1).reshape(len(raw), form.count)
     stack = Stack.opened(data[start:])
     tables = {place: popped(stack, BYTE) for place in range(width) if place not in raw}

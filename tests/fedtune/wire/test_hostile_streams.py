@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedtune.errors import MalformedMessage
 from fedtune.wire.ans import Stack
-from fedtune.wire.entropy import TOKENS, coded
+from fedtune.wire.entropy import PLANES, TOKENS, coded
 from fedtune.wire.stage import Array, Form, Kind
 from fedtune.wire.streams import read
 from fedtune.wire.tables import DIFFERENCES, RATIOS, STEPS, popped
@@ -84,6 +84,30 @@ def test_fewer_numbers_than_were_written(form: Form) -> None:
     data = stream_of(form)
     for count in (0, 1, 299):
         assert not read_or_refused(data, Form((count,), form.kind, form.low, form.high))
+
+
+def test_where_there_is_no_number_there_is_no_byte() -> None:
+    nothing = Form((0,), Kind.SYMBOLS, -7, 7)
+    assert read(b"", nothing, coded=True).size == 0
+    table_alone = coded(np.zeros(1, np.int8), FORMS[0])  # a symbol that is always the same takes no more
+    for data in (b"\0", table_alone, stream_of(FORMS[-2])):
+        with pytest.raises(MalformedMessage, match="a stream of 0 symbols"):
+            read(data, nothing, coded=True)
+
+
+@pytest.mark.parametrize("kind", [Kind.GAPS, Kind.SYMBOLS, Kind.WORDS])
+def test_planes_are_for_words(kind: Kind) -> None:
+    words = stream_of(FORMS[-2])
+    assert words[0] == PLANES
+    with pytest.raises(MalformedMessage, match=f"a stream of 300 {kind}"):
+        read(words, Form((300,), kind, 0, 2**32 - 2), coded=True)
+
+
+def test_words_have_so_many_planes() -> None:
+    words = stream_of(Form((300,), Kind.WORDS, 0, 2**16 - 1))
+    assert words[:2] == bytes([PLANES, 0b10])
+    with pytest.raises(MalformedMessage, match="300 words"):
+        read(bytes([PLANES, 0b110]) + words[2:], Form((300,), Kind.WORDS, 0, 2**16 - 1), coded=True)
 
 
 def test_a_number_beyond_the_range_is_refused() -> None:
