@@ -18,6 +18,7 @@ from server import report_figures as figures
 from server import report_units as units
 from server import report_view as view
 from server.report_folder import RecordedRun, read_run
+from server.report_ledger import ledger
 from server.report_selection import selection
 
 NAME = "report.html"
@@ -57,6 +58,7 @@ def render(run: RecordedRun) -> str:
             clients_count=len(names),
             scale=clients.clients_scale(run.rounds),
             changes=figures.changes(run.rounds),
+            ledger=ledger(run.rounds),
             comparison=view.comparison_rows(run.comparison),
             failures=failures[-FAILURES_SHOWN:],
             failures_hidden=max(0, len(failures) - FAILURES_SHOWN),
@@ -118,6 +120,7 @@ def _templates() -> Environment:
         "perplexity": units.perplexity,
         "count": units.count,
         "metric": units.metric,
+        "ratio": units.ratio,
         "name": lambda text: units.one_line(text, 60),
     }
     return templates

@@ -61,6 +61,49 @@ def bytes_per_client(rounds: Iterable[RoundRecord]) -> tuple[float, float] | Non
     return sum(c.bytes_down for c in answers) / len(answers), sum(c.bytes_up for c in answers) / len(answers)
 
 
+@dataclass(frozen=True)
+class Direction:
+    """All messages of a run that went one way."""
+
+    name: Literal["down", "up"]
+    payload: int
+    header: int
+    transport: int  # estimated
+    plain: int  # payload and header, were every number sent as it is
+
+    @property
+    def bytes(self) -> int:
+        return self.payload + self.header
+
+    @property
+    def ratio(self) -> float | None:
+        """To plain; None where that was not counted."""
+        return self.plain / self.bytes if self.plain and self.bytes else None
+
+
+def directions(rounds: Iterable[RoundRecord]) -> tuple[Direction, Direction]:
+    """Down and up."""
+    clients = [client for record in rounds for client in record.clients.values()]
+    return _direction("down", clients), _direction("up", clients)
+
+
+def _direction(way: Literal["down", "up"], clients: Sequence[ClientRecord]) -> Direction:
+    names = ("bytes", "header", "transport", "plain")
+    sent, header, transport, plain = (sum(getattr(client, f"{name}_{way}") for client in clients) for name in names)
+    return Direction(way, sent - header, header, transport, plain)
+
+
+def ratio(rounds: Iterable[RoundRecord]) -> float | None:
+    """Of training rounds, both directions: how many times as large they were, were every number sent as it is."""
+    down, up = directions(record for record in rounds if record.round > 0)
+    return (down.plain + up.plain) / (down.bytes + up.bytes) if down.plain + up.plain and down.bytes + up.bytes else None
+
+
+def compressed(rounds: Iterable[RoundRecord]) -> bool:
+    """Whether any round is not what it were with plain numbers, as far as a ratio shows it."""
+    return any(f"{times:.1f}" != "1.0" for times in (record.ratio for record in rounds) if times is not None)
+
+
 def first_and_last(losses: Iterable[float | None]) -> tuple[float, float] | None:
     """Of those that were measured; None with fewer than two."""
     measured = [value for value in map(known, losses) if value is not None]

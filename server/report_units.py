@@ -32,6 +32,14 @@ def _scaled(count: float) -> tuple[float, str]:
     return count, "TB"
 
 
+def ratio(times: float | None) -> str:
+    """How many times as large: 8.3x, 25x. Beyond 999 it is more than anybody compares."""
+    times = known(times)
+    if times is None:
+        return MISSING
+    return f"{times:.1f}x" if times < 9.95 else f"{times:.0f}x" if times < 999.5 else ">999x"
+
+
 def duration(seconds: float) -> str:
     if seconds < 9.95:
         return f"{seconds:.1f} s"

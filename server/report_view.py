@@ -66,6 +66,8 @@ def _traffic(rounds: Sequence[RoundRecord]) -> Headline:
     if mean is None:
         return Headline("bytes in all", units.size(total), "no training round yet")
     note = f"{units.size(mean[0])} down, {units.size(mean[1])} up; {units.size(total)} in the whole run"
+    if figures.compressed(rounds):
+        note += f"; {units.ratio(figures.ratio(rounds))} smaller than plain numbers"
     return Headline("bytes per client and round", units.size(sum(mean)), note)
 
 

@@ -50,6 +50,7 @@ class Words:
         number = f"round {record.round:>{len(str(planned))}}/{planned}" if planned else f"round {record.round}"
         loss = f"loss {units.loss(record.loss)}" + (f" ({units.signed(change)})" if change is not None else "")
         traffic = f"down {units.size(record.bytes_down):>7}  up {units.size(record.bytes_up):>7}"
+        traffic += f"  {units.ratio(record.ratio):>6} smaller" if figures.compressed([record]) else ""
         words = f"{number}  {loss:<19}  {traffic}  {units.duration(record.seconds):>6}  {_answered(record)} clients"
         failed = [f"{client}: {reason}" for _, client, reason in figures.failures([record])]
         more = f"; and {len(failed) - FAILURES_SHOWN} more" if len(failed) > FAILURES_SHOWN else ""
@@ -57,14 +58,16 @@ class Words:
 
     def table(self, title: str, rounds: Sequence[RoundRecord], room: int) -> Table:
         """The newest `room` rounds."""
+        smaller = figures.compressed(rounds)  # a column more, which must find its room in 80
         table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-        for heading in ("round", "held-out loss", "change", "down", "up", "time", "clients"):
+        table.collapse_padding = smaller
+        for heading in ("round", "held-out loss", "change", "down", "up", *(["ratio"] if smaller else []), "time", "clients"):
             table.add_column(heading, justify="right", no_wrap=True)
         for record, change in list(zip(rounds, figures.changes(rounds), strict=True))[-room:]:
-            table.add_row(*self._cells(record, change))
+            table.add_row(*self._cells(record, change, smaller))
         return table
 
-    def _cells(self, record: RoundRecord, change: float | None) -> list[Text]:
+    def _cells(self, record: RoundRecord, change: float | None, smaller: bool) -> list[Text]:
         answered = Text(_answered(record), style="bold red" if record.answered < len(record.clients) else "")
         better = "green" if change is not None and change < 0 else "yellow"
         return [
@@ -73,6 +76,7 @@ class Words:
             Text(self.say(units.signed(change)) if change is not None else "", style=better),
             Text(units.size(record.bytes_down)),
             Text(units.size(record.bytes_up)),
+            *([Text(self.say(units.ratio(record.ratio)))] if smaller else []),
             Text(units.duration(record.seconds)),
             answered,
         ]
@@ -124,7 +128,9 @@ class Words:
         traffic = figures.bytes_per_client(rounds)
         if traffic is None:
             return ""
-        return f"{units.size(traffic[0])} down and {units.size(traffic[1])} up per client and round"
+        words = f"{units.size(traffic[0])} down and {units.size(traffic[1])} up per client and round"
+        smaller = figures.compressed(rounds)
+        return words + (f", {units.ratio(figures.ratio(rounds))} smaller than plain numbers" if smaller else "")
 
 
 def _answered(record: RoundRecord) -> str:

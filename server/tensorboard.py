@@ -57,6 +57,8 @@ def _scalars(record: RoundRecord) -> Iterator[tuple[str, float]]:
     yield "round/answered", record.answered
     yield "bytes/down", record.bytes_down
     yield "bytes/up", record.bytes_up
+    if record.ratio is not None:
+        yield "bytes/ratio_to_plain", record.ratio
     yield from ((f"metrics/{name}", value) for name, value in record.metrics.items())
     yield from ((f"aggregation_error/{path}", error) for path, error in record.layer_errors.items())
     for name, client in record.clients.items():

@@ -1,4 +1,4 @@
-"""What one message costs: its bytes, how many of them are header, what the network adds, and what it would be without codecs."""
+"""What one message costs: its bytes, how many of them are header, what the network adds, what it were without codecs."""
 
 from __future__ import annotations
 

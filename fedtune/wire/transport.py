@@ -1,13 +1,13 @@
-"""What the network carries beside a message's own bytes: an estimate for a node over TLS, by a formula, so that it costs nothing.
+"""What the network carries beside a message's own bytes: an estimate, by a formula, for a node over TLS.
 
-Flower 1.41 takes a message apart into objects: the message, its record, our header, the list of arrays, each array and each of
-its chunks. A node fetches or sends one object in one HTTP/1.1 call, whose head holds the node's key and a signature, about 850
-bytes. So a message of a hundred tensors takes a hundred calls and more, and one that is packed takes six.
+Flower 1.41 takes a message apart into objects: the message, its record, our header, the list of arrays, each array and each
+of its chunks. A node fetches or sends one object in one HTTP/1.1 call, whose head holds the node's key and a signature,
+about 850 bytes. So a message of a hundred tensors takes two hundred calls and more, and one that is packed takes eight.
 
-Counted are both ways of every call that moves the message: HTTP heads, protobuf with its hashes of objects, what TLS 1.3 adds to
-each record. Not counted are what a node does without a message (polling, heartbeats), handshakes, TCP and IP (about 4 % more),
-what is sent again, and what is not sent because two objects are alike, which Flower notices. What the ServerApp and the SuperLink
-say to each other crosses no network where they share a machine.
+Counted are both ways of every call that moves the message: HTTP heads, protobuf with its hashes of objects, what TLS 1.3
+adds to each record. Not counted are what a node does without a message (polling, heartbeats), handshakes, TCP and IP (about
+4 % more), what is lost and sent again, and what Flower leaves out because two objects are alike. What the ServerApp and
+the SuperLink say to each other crosses no network where they share a machine.
 """
 
 from __future__ import annotations

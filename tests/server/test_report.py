@@ -22,6 +22,7 @@ from server import report_units as units
 from server.records import ClientRecord, Comparison, RoundRecord
 from server.report import write_report
 from server.report_folder import read_run
+from server.report_ledger import ledger
 
 EVIL = '<script>alert("x")</script>'
 
@@ -65,6 +66,39 @@ def test_headline_figures_come_from_the_records(tmp_path: Path) -> None:
     assert "held-out loss, nats per token 3.250 −0.750 to the base model (4.000), perplexity 25.79" in words
     assert f"{math.exp(3.25):.2f}" == "25.79"
     assert "time 4.0 s" in words
+
+
+def test_the_ledger_is_told_by_stage_and_direction(tmp_path: Path) -> None:
+    """Down 90 + 10 bytes of which 10 are header, up 45 + 5; plain they are 2000 and 1000: 20 times and 20 times as many. Round
+    0 is in the sums, not in the ratio of training."""
+    first = a_round(0, 4.0, a=ClientRecord(10, 10, header_down=10, header_up=10, plain_down=1000, plain_up=10))
+    client = ClientRecord(
+        100, 50, 0.0, header_down=10, header_up=5, transport_down=300, transport_up=200, plain_down=2000, plain_up=1000
+    )
+    run = [first, a_round(1, 3.0, a=client)]
+    words = text_of(write_report(run_folder(tmp_path, run)))
+    assert "100 B down, 50 B up; 170 B in the whole run; 20x smaller than plain numbers" in words
+    assert "down 90 B 20 B 300 B 3.0 kB 27x" in words  # (2000 + 1000) / (100 + 10)
+    assert "up 45 B 15 B 200 B 1.0 kB 17x" in words  # (1000 + 10) / (50 + 10)
+    assert "it is 20x in both directions of the rounds of training together" in words
+    found = ledger(run)
+    assert found is not None
+    down, up = found.bars
+    assert [piece.width for piece in down.pieces] == pytest.approx([100 * part / 410 for part in (90, 20, 300)], abs=0.01)
+    assert up.pieces[-1].x + up.pieces[-1].width == pytest.approx(100 * 260 / 410, abs=0.01)
+    assert [(entry.name, round(entry.ratio or 0, 1)) for entry in found.by_round] == [("0", 50.5), ("1", 20.0)]
+    assert [(entry.name, entry.down.plain, entry.up.header) for entry in found.by_client] == [("a", 3000, 15)]
+
+
+def test_plain_runs_and_older_ones_say_little_of_bytes(tmp_path: Path) -> None:
+    plain = a_round(1, 3.0, a=ClientRecord(100, 50, header_down=10, header_up=5, plain_down=100, plain_up=50))
+    words = text_of(write_report(run_folder(tmp_path, [plain])))
+    assert "What the bytes are: payload, header, transport" in words  # folded
+    assert "smaller" not in words
+    assert "answered ratio" not in words
+    words = text_of(write_report(run_folder(tmp_path, [a_round(1, 3.0, a=ClientRecord(100, 50))])))
+    assert "transport" not in words
+    assert "ratio" not in words
 
 
 def test_comparison_says_who_is_better(tmp_path: Path) -> None:
@@ -246,6 +280,10 @@ def test_bars_start_at_zero_and_keep_their_ratio() -> None:
         (units.size(999_600), "1.0 MB"),
         (units.size(123_456), "123 kB"),
         (units.size_tick(2_500_000), "2.5 MB"),
+        (units.ratio(9.94), "9.9x"),
+        (units.ratio(9.96), "10x"),
+        (units.ratio(1e6), ">999x"),
+        (units.ratio(None), "–"),
         (units.duration(3.21), "3.2 s"),
         (units.duration(9.97), "10 s"),
         (units.duration(59.6), "1 min 00 s"),

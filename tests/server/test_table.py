@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -22,6 +23,12 @@ RECORDS = (
         1, None, {}, 12.3, {"a": ClientRecord(1_200_000, 600_000), "b": ClientRecord(failed="out of\nmemory \x1b[31m")}
     ),
     RoundRecord(2, 2.5, {}, 90.0, {name: ClientRecord(1_200_000, 600_000) for name in "abc"}),
+)
+
+
+SMALL = (  # 10 times and 2.5 times as large, were the numbers plain
+    RoundRecord(0, 4.0, {}, 1.0, {"a": ClientRecord(12, 28, plain_down=350, plain_up=50)}),
+    RoundRecord(1, 3.0, {}, 90.0, {"a": ClientRecord(30_000, 10_000, plain_down=60_000, plain_up=40_000)}),
 )
 
 
@@ -60,6 +67,30 @@ def test_a_pipe_gets_one_plain_line_a_round() -> None:
         "round 2/2 loss 2.500 (-1.500) down 3.6 MB up 1.8 MB 1 min 30 s 3/3 clients",
     ]
     assert all(line.isprintable() for line in lines)
+
+
+def test_small_messages_are_compared_with_plain_ones() -> None:
+    """Over both directions; of the whole run only rounds of training count."""
+    console = pipe()
+    run(LiveTable(console), SMALL)
+    words = re.sub(" +", " ", output(console))
+    assert "down 12 B up 28 B 10x smaller 1.0 s" in words
+    assert "down 30.0 kB up 10.0 kB 2.5x smaller 1 min 30 s" in words
+    assert "30.0 kB down and 10.0 kB up per client and round, 2.5x smaller than plain numbers" in words
+
+
+def test_the_ratio_has_a_column_where_it_is_not_1_and_the_table_still_fits() -> None:
+    wide = replace(SMALL[1], seconds=7500.0, clients={"a": ClientRecord(99_000, 99_000, plain_down=10**9)})
+    plain = replace(SMALL[1], clients={"a": ClientRecord(10_000, 10_000, plain_down=10_004, plain_up=9_998)})
+    shown = {}
+    for name, records in {"small": (*SMALL, wide), "plain": (plain,), "old": RECORDS}.items():
+        console = terminal()
+        run(LiveTable(console), records)
+        shown[name] = output(console).rsplit("\x1b[2K", 1)[-1]
+        assert max(map(len, shown[name].splitlines())) <= 80
+    assert "ratio" in shown["small"]
+    assert re.search(r"99\.0 kB +99\.0 kB +>999x +2 h 05 min +1/1", shown["small"])
+    assert "ratio" not in shown["plain"] + shown["old"]
 
 
 def test_the_comparison_names_the_best_and_the_worst_client() -> None:

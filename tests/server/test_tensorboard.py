@@ -20,7 +20,9 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_each_round_is_on_disk_when_it_has_ended(tmp_path: Path) -> None:
     first = RoundRecord(0, 4.0, {"perplexity": 54.5}, 1.5, {"a": ClientRecord(bytes_down=7, loss=3.5)})
-    second = RoundRecord(1, None, {}, 2.5, {"a": ClientRecord(10, 3), "b": ClientRecord(20, failed="gone")})
+    second = RoundRecord(
+        1, None, {}, 2.5, {"a": ClientRecord(10, 3, plain_down=50, plain_up=15), "b": ClientRecord(20, failed="gone")}
+    )
     with TensorBoard(tmp_path) as events:
         events.started(Job(), {"a": 3})
         events.doing("training", 0, 1)
@@ -33,6 +35,7 @@ def test_each_round_is_on_disk_when_it_has_ended(tmp_path: Path) -> None:
     assert written["round/answered"] == [(0, 1.0), (1, 1.0)]
     assert written["bytes/down"] == [(0, 7.0), (1, 30.0)]
     assert written["bytes/up"] == [(0, 0.0), (1, 3.0)]
+    assert written["bytes/ratio_to_plain"] == [(1, pytest.approx(65 / 33))]  # the first round did not count it
     assert written["client_loss/a"] == [(0, 3.5)]
     assert written["metrics/perplexity"] == [(0, pytest.approx(54.5))]
 
