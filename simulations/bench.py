@@ -1,9 +1,9 @@
 """Ratios, measured side by side in one run: what the simulation costs beyond plain training, the server's arithmetic,
-what is computed from seeds, and what single layers cost.
+what is computed from seeds, what single layers cost, and the stages of codecs.
 
     python -m simulations.bench            # all of them, about ten minutes on two cores
     python -m simulations.bench overhead   # one of: overhead, ray, memory, refactoring, folding, replay, step, step_memory,
-                                           # solver, layer_step, layer_memory, probing
+                                           # solver, layer_step, layer_memory, probing, wire_stages
 
 Each run of a simulation is in a fresh process, the two sides of a ratio in turn; a ratio is that of the fastest of each side,
 which other work on the machine disturbs least.
@@ -29,6 +29,7 @@ from fedtune.job import Job, checked_job
 from simulations.bench_algebra import Ratio, folding, refactoring
 from simulations.bench_layers import layer_memory, layer_step, probing, solver
 from simulations.bench_seeds import replay, step, step_memory
+from simulations.bench_wire import wire_stages
 from simulations.plain_loop import plain_loop
 
 REPEATS = 3
@@ -144,6 +145,7 @@ MEASURED = {
     "layer_step": layer_step,
     "layer_memory": layer_memory,
     "probing": probing,
+    "wire_stages": wire_stages,
 }
 
 

@@ -77,13 +77,12 @@ class _Integers(Stage):
         return x
 
     def error(self, x: Array) -> float:
-        """A step everywhere, or half of one; beyond the largest scale what is cut. The rest is what float32 rounds."""
+        """A step everywhere, or half of one; what is cut beyond the largest scale is less, and so is what float32 rounds."""
         rows = _rows(np.ascontiguousarray(x, np.float32).reshape(-1), self.block)
         scales = _floats(_scales(rows, np.empty(rows.shape, np.uint32))).astype(np.float64)
-        most = (1.0 if self.unbiased else 0.5) * (1 + 2**-10) * scales / self.most
-        most += np.maximum(np.abs(rows).max(axis=1, initial=0) - scales, 0)
         counts = np.minimum(x.size - np.arange(len(rows)) * self.block, self.block)
-        return float(np.linalg.norm(np.sqrt(counts) * most))
+        most = (1.0 if self.unbiased else 0.5) * (1 + 2**-10) / self.most
+        return float(np.linalg.norm(np.sqrt(counts) * scales * most))
 
     @property
     def _units(self) -> int:

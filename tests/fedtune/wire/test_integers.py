@@ -182,6 +182,7 @@ def test_the_largest_numbers_stay_finite(stage: integers._Integers) -> None:
     assert sides["scales"].tolist() == [LARGEST]
     assert symbols[:2].tolist() == [stage.most, -stage.most]
     assert stage.decode(symbols, sides, Form((5,)), DRAW)[0] == pytest.approx(float(MOST), rel=2**-7)
+    assert MOST - back(stage, x[:1])[0] <= stage.error(x[:1])
 
 
 @each_stage
