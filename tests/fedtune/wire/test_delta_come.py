@@ -57,7 +57,7 @@ def test_of_few_columns_the_first_get_the_most_bits() -> None:
     assert stage.carrier(given).count == 0
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (500,), (2, 2), (0, 5), (9, 8, 7)])
+@pytest.mark.parametrize("shape", [(), (0,), (500,), (2, 2), (3, 3), (0, 5), (9, 8, 7)])
 def test_what_is_no_matrix_or_would_not_shrink_travels_as_int8(shape: tuple[int, ...]) -> None:
     """Of (2, 2), both columns of U and V have 8 bits a number: twice as many as 8 bits for each of the matrix."""
     x, plain = normal(*shape), Int8(128, "nearest")

@@ -79,16 +79,17 @@ def test_what_comes_back_is_within_the_error(x: np.ndarray, rank: int, iteration
 
 
 @pytest.mark.parametrize("piece", [1, 7, 64, 2**14])
+@pytest.mark.parametrize("sizes", [[1] * 8, [1e8, -1e8, 1]], ids=["alike", "1e16 - 1e16 + 1"])
 def test_the_product_is_summed_from_the_first_to_the_last_in_pieces_of_any_size(
-    piece: int, monkeypatch: pytest.MonkeyPatch
+    piece: int, sizes: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1e16 + 1 - 1e16 is 0 in float64, and 1 in any other order; and so on, bit for bit."""
-    left, right = np.concatenate([normal(6, 5), [[1e16]] * 3 * np.ones(5)]), np.concatenate([normal(6, 9), np.ones((3, 9))])
-    left[-2], left[-1] = 1, -1e16
-    left, right = left.astype(np.float32), right.astype(np.float32)
-    wanted = np.zeros((5, 9))
-    for a, b in zip(left, right, strict=True):
-        wanted += [[float(one) * float(other) for other in b] for one in a]
+    """Bit for bit: 1e16 - 1e16 + 1 is 1 in float64, and 0 from the last to the first."""
+    r = len(sizes)
+    left = np.outer(sizes, np.ones(50)).astype(np.float32) * (normal(r, 50) if r == 8 else 1)
+    right = np.outer(np.abs(sizes), np.ones(90)).astype(np.float32) * (normal(r, 90) if r == 8 else 1)
+    wanted = np.zeros((50, 90))
+    for a, b in zip(left.tolist(), right.tolist(), strict=True):
+        wanted += [[one * other for other in b] for one in a]
     monkeypatch.setattr(powersgd, "PIECE", piece)
     np.testing.assert_array_equal(product(left, right), wanted.astype(np.float32))
 

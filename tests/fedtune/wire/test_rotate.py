@@ -30,8 +30,8 @@ def normal(size: int) -> Array:
     return np.random.default_rng(size).normal(size=size).astype(np.float32)
 
 
-def signs(size: int, stream: int) -> Array:
-    bits = np.unpackbits(DRAW.bytes(-(-size // 8), stream=stream), count=size, bitorder="little")
+def signs(size: int, stream: int, draw: Draw = DRAW) -> Array:
+    bits = np.unpackbits(draw.bytes(-(-size // 8), stream=stream), count=size, bitorder="little")
     return (1 - 2 * bits.astype(np.float32)).astype(np.float32)
 
 
@@ -41,13 +41,14 @@ def test_golden_signs_and_rotation() -> None:
     assert turned(np.arange(6, dtype=np.float32)).tolist() == [3.0, -1.0, 5.5, 0.5, -3.5, 1.5]
 
 
-def test_six_numbers_by_hand() -> None:
-    """Four are mixed, then the last four; H of 4, divided by 2, keeps lengths."""
+@pytest.mark.parametrize("key", range(8))
+def test_six_numbers_by_hand(key: int) -> None:
+    """Four are mixed, then the last four, with signs of their own; H of 4, divided by 2, keeps lengths."""
     h = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
-    x = np.arange(6.0)
-    x[:4] = h @ (signs(4, 0) * x[:4])
-    x[2:] = h @ (signs(4, 1) * x[2:])
-    np.testing.assert_array_equal(turned(np.arange(6, dtype=np.float32)), x)
+    x, draw = np.arange(6.0), Draw(key, "a")
+    x[:4] = h @ (signs(4, 0, draw) * x[:4])
+    x[2:] = h @ (signs(4, 1, draw) * x[2:])
+    np.testing.assert_array_equal(Rotate().encode(np.arange(6, dtype=np.float32), draw)[0], x)
 
 
 @pytest.mark.parametrize("columns", [1, WIDTH - 1, WIDTH, 3 * WIDTH + 5])
