@@ -22,7 +22,7 @@ from fedtune.payload import Payload
 from fedtune.wire.change import decoded
 from fedtune.wire.joined import Codecs, joined
 from fedtune.wire.parts import Errors, Packing
-from fedtune.wire.raw import DTYPES
+from fedtune.wire.raw import DTYPES, as_it_lies
 from fedtune.wire.reader import Reader, as_bytes
 from fedtune.wire.schema import Line, Mode, Schema, fits, known_schema, require_possible, schema_of
 from fedtune.wire.stage import Array
@@ -64,7 +64,7 @@ def pack(
     for stream in joined(schema.lines, codecs):
         data = stream.written(streams)
         rows += [as_bytes(len(data)), data]
-    rows += [_bytes(payload.tensors[line.name]) for line in schema.lines if line.mode is Mode.RAW]
+    rows += [as_it_lies(payload.tensors[line.name]) for line in schema.lines if line.mode is Mode.RAW]
     received = {name: part.received for name, part in parts.items()}
     return Packed(b"".join(rows), Payload(received, payload.roles, dict(payload.scalars)))
 
@@ -137,7 +137,3 @@ def _tensor(line: Line, streams: Mapping[str, Array], codecs: Codecs, key: int, 
     base = known.tensors[line.name] if fits(known, line.name, line.role, line.shape) else None
     plain = decoded(streams, base, line.shape, codecs.of(line.mode), key, line.name)
     return torch.from_numpy(plain).to(DTYPES[line.dtype])
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -41,9 +41,13 @@ assert sys.byteorder == "little", "the raw codec sends little-endian bytes as th
 
 
 def encoded(name: str, tensor: Tensor) -> WireTensor:
-    plain = tensor.detach().cpu().contiguous()
-    data = plain.flatten().view(torch.uint8).numpy().tobytes()
-    return WireTensor(name, str(plain.dtype).removeprefix("torch."), tuple(plain.shape), RAW, data)
+    return WireTensor(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), RAW, as_it_lies(tensor))
+
+
+def as_it_lies(tensor: Tensor) -> bytes:
+    """Its numbers in a row. torch cannot view all tensors without numbers as bytes."""
+    plain = tensor.detach().cpu().contiguous().flatten()
+    return plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
 
 
 def decoded(wire: WireTensor) -> Tensor:

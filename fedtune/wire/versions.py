@@ -26,7 +26,7 @@ from fedtune.memory import Memory
 from fedtune.payload import Payload, Role, joined
 from fedtune.seeds import seed_of
 from fedtune.wire.packed import NOTHING, Codecs, Packed, pack, unpack
-from fedtune.wire.raw import UNREADABLE
+from fedtune.wire.raw import UNREADABLE, as_it_lies
 from fedtune.wire.schema import as_text
 
 START = "start"
@@ -147,5 +147,4 @@ def _sources(payload: Payload) -> dict[str, bytes]:
 
 
 def _digest(tensor: Tensor) -> bytes:
-    plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + plain.tobytes()).digest()
+    return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + as_it_lies(tensor)).digest()
