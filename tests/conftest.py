@@ -78,7 +78,8 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def job_file(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_data: Path) -> Path:
-    """Two rounds of two steps. alpha / rank is not 1, so that a forgotten scale is seen."""
+    """Two rounds of two steps. alpha / rank is not 1, so that a forgotten scale is seen. Nothing is lost on the wire, and bytes
+    can be counted by hand."""
     path = tmp_path_factory.mktemp("job") / "tiny.toml"
     path.write_text(
         f"""
@@ -90,6 +91,7 @@ data = {{ path = "{tiny_data}", max_length = 48, packing = false }}
 train = {{ steps = 2, batch = 2, lr = 0.01, precision = "fp32" }}
 rounds.count = 2
 machine.device = "cpu"
+wire = "plain"
 """,
         encoding="utf-8",
     )

@@ -26,8 +26,10 @@ class Preset:
 PRESETS = {
     "plain": Preset("fp32", "fp32", "fp32"),
     "lossless": Preset("fp32 | entropy", "fp32 | entropy", "fp32 | entropy"),
-    "balanced": Preset("int4 | entropy", "int4 | entropy", "bf16 | entropy"),
-    "tiny": Preset("topk(0.05) | int4 | entropy", "topk(0.1) | int4 | entropy", "int8 | entropy"),
+    # up: right on average and without memory, whoever is drawn; down: the server knows what is missing, and sends it next
+    "balanced": Preset("uniform(0.7, dither=true) | entropy", "uniform(0.7) | entropy", "int8 | entropy"),
+    # a quarter of an update waits for the next one
+    "tiny": Preset("uniform(2) | entropy", "uniform(2) | entropy", "int8 | entropy"),
 }
 LOSSLESS = PRESETS["lossless"].up
 
