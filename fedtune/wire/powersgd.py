@@ -9,6 +9,7 @@ their last bits from machine to machine; but they travel, and the decoder sums i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -54,7 +55,7 @@ class PowerSGD(Stage):
         """All of it, where what was drawn misses it; and the rounding of P, Q and their product."""
         if not self._thins(x.shape):
             return 0.0
-        rounding = (2 + self.rank**0.5) * 2.0**-24
+        rounding = (2 + math.sqrt(self.rank)) * 2.0**-24
         return 1.01 * rounding * _norm(x) + _norm(x) + x.size * 2.0**-149
 
     def _thins(self, shape: tuple[int, ...]) -> bool:
@@ -62,7 +63,8 @@ class PowerSGD(Stage):
 
 
 def drawn_normals(shape: tuple[int, int], draw: Draw) -> Array:
-    return normal_steps()[draw.bytes(2 * shape[0] * shape[1]).view("<u2")].reshape(shape).astype(np.float64)
+    drawn: Array = normal_steps()[draw.bytes(2 * shape[0] * shape[1]).view("<u2")].reshape(shape).astype(np.float64)
+    return drawn
 
 
 def product(left: Array, right: Array) -> Array:

@@ -7,6 +7,7 @@ and no number is added. Only sums and differences of pairs are taken, in a fixed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -48,7 +49,7 @@ class Rotate(Stage):
         """Rounding: of the scale, and of the sums at each of log2 (column) levels, there and back."""
         levels = min(x.size, LONGEST).bit_length()
         passes = 2 * len(_parts(np.ravel(x)))
-        tiny = passes * 2.0**-150 * LONGEST**0.5 * x.size**0.5  # below float32, multiples of 2^-149 are all that there is
+        tiny = passes * 2.0**-150 * math.sqrt(LONGEST * x.size)  # below float32, multiples of 2^-149 are all that there is
         return 1.01 * passes * (levels + 1) * UNIT * float(np.linalg.norm(x.astype(np.float64))) + tiny
 
 
