@@ -1,13 +1,13 @@
 """The positions of the largest numbers, exactly: which are kept must be the same on every machine.
 
-To part 8 million numbers at the k-th largest takes longer than all else that a stage does with them. So a sample tells where
-that one lies about, and only the numbers from a little below on are looked at closely. A sample that misleads costs time, and
-changes nothing.
+To part 8 million numbers at the k-th largest takes longer than all else that a stage does with them. So a sample tells between
+which bounds that one lies, and only numbers between them are parted. A sample that misleads costs time, and changes nothing.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -22,9 +22,12 @@ def largest(sizes: Array, count: int) -> Array:
     """Positions of the `count` largest, ascending; of equal ones the first, so that every machine keeps the same."""
     if count in (0, sizes.size):
         return np.arange(count)
-    candidates = _candidates(sizes, count)
+    low, high = _bounds(sizes, count) if sizes.size > FEW else (-math.inf, math.inf)
+    candidates = np.flatnonzero(sizes >= low)
+    if candidates.size < count:
+        candidates = np.arange(sizes.size)
     values = sizes[candidates]
-    least = np.partition(values, values.size - count)[values.size - count]
+    least = _least_of_the_largest(values, count, high)
     kept = values > least
     equal = np.flatnonzero(values == least)
     kept[equal[: count - np.count_nonzero(kept)]] = True
@@ -32,18 +35,18 @@ def largest(sizes: Array, count: int) -> Array:
     return chosen
 
 
-def _candidates(sizes: Array, count: int) -> Array:
-    """Positions, ascending, at least `count`: if one is among them, so are all that are as large."""
-    if sizes.size > FEW:
-        found = np.flatnonzero(sizes >= _a_little_below(sizes, count))
-        if found.size >= count:
-            return found
-    return np.arange(sizes.size)
+def _bounds(sizes: Array, count: int) -> tuple[float, float]:
+    """Two numbers between which the `count`-th largest lies almost surely, by every so-manieth number."""
+    sample = np.sort(sizes[:: sizes.size // SAMPLE | 1])[::-1]  # an odd stride does not stay in one column of a matrix
+    rank = sample.size * count / sizes.size
+    margin = MARGIN * (math.sqrt(rank) + MARGIN)
+    return float(sample[min(math.ceil(rank + margin), sample.size - 1)]), float(sample[max(math.floor(rank - margin), 0)])
 
 
-def _a_little_below(sizes: Array, count: int) -> float:
-    """A number that almost surely is at most the `count`-th largest, by every so-manieth number."""
-    sample = sizes[:: sizes.size // SAMPLE | 1]  # an odd stride does not stay in one column of a matrix
-    above = sample.size * count / sizes.size
-    place = math.ceil(above + MARGIN * (math.sqrt(above) + MARGIN))
-    return float(np.partition(sample, max(sample.size - place, 0))[max(sample.size - place, 0)])
+def _least_of_the_largest(values: Array, count: int, high: float) -> Any:
+    """The `count`-th largest; those above `high` need not be parted."""
+    between = values[values <= high]
+    wanted = count - (values.size - between.size)
+    if wanted <= 0:
+        between, wanted = values, count
+    return np.partition(between, between.size - wanted)[between.size - wanted]

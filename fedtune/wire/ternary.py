@@ -69,5 +69,5 @@ def _mean_of(sizes: Array) -> float:
     if not largest_of_all:
         return 0.0
     exponent = UNITS - math.frexp(largest_of_all)[1]  # every size times 2^exponent is less than 2^32
-    total = int(np.ldexp(sizes, exponent, dtype=np.float64).astype(np.int64).sum())
+    total = int(np.multiply(sizes, math.ldexp(1, exponent), dtype=np.float64).astype(np.int64).sum())
     return math.ldexp(total / sizes.size, -exponent)

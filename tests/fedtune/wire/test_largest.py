@@ -50,7 +50,10 @@ def test_many_numbers_whatever_the_sample_shows(sizes: Array, count: int) -> Non
     assert largest(sizes, count).tolist() == by_sorting(sizes, count)
 
 
-def test_the_sample_leaves_few_candidates() -> None:
-    """Of 200,001 numbers hardly more than the wanted 20,001: six standard deviations of a rank in a sample of 18,000."""
-    candidates = module._candidates(RANDOM, 20_001)
-    assert 20_001 <= candidates.size <= 25_000
+def test_the_sample_leaves_little_between_its_bounds() -> None:
+    """Every 13th is a sample of 15,385, and the 20,001st largest has about rank 1,539 in it, give or take 39. The bounds are
+    6 (39 + 6) = 270 ranks away on either side, so between them lie 2 * 270 of 15,385, give or take another tenth."""
+    low, high = module._bounds(RANDOM, 20_001)
+    assert low <= np.sort(RANDOM)[-20_001] <= high
+    between = np.count_nonzero((low <= RANDOM) & (high >= RANDOM)) / MANY
+    assert between == pytest.approx(2 * 270 / 15_385, rel=0.1)
