@@ -76,5 +76,5 @@ class Bf16(_Half):
     name: ClassVar[str] = "bf16"
     dtype: ClassVar[torch.dtype] = torch.bfloat16
     most: ClassVar[float] = float(torch.finfo(torch.bfloat16).max)
-    relative: ClassVar[float] = 2.0**-9
+    relative: ClassVar[float] = 2.0**-8
     least: ClassVar[float] = 2.0**-134
