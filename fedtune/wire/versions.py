@@ -12,25 +12,23 @@ another one says so (`Outdated`), and is sent the difference to the start.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedtune.errors import ClientFailed
+from fedtune.errors import ClientFailed, MalformedMessage
 from fedtune.memory import Memory
-from fedtune.payload import Payload, Role, joined
+from fedtune.payload import Payload, joined
 from fedtune.seeds import seed_of
 from fedtune.wire.packed import NOTHING, Codecs, Packed, pack, unpack
 from fedtune.wire.raw import UNREADABLE, as_it_lies
-from fedtune.wire.schema import as_text
+from fedtune.wire.schema import Line, Schema, as_text, known_schema
 
-START = "start"
-KEPT, ABOUT = "wire.kept.", "wire.about"  # in a client's memory: before the name of a tensor; all that is no tensor
+START, LENGTH = "start", 16  # of all other versions
+KEPT, ABOUT = "wire.kept.", "wire.about"  # in a client's memory: before the name of a tensor; the version and its schema
 
 
 class Outdated(ClientFailed):
@@ -109,18 +107,23 @@ def kept(memory: Memory, version: str, start: Payload) -> Payload:
     if version == START:
         return start
     try:
-        about: dict[str, Any] = json.loads(memory[ABOUT].numpy().tobytes()) if ABOUT in memory else {"version": START}
-        if about["version"] != version:
-            raise Outdated(f"the ask builds on version {version[:20]} of the broadcast, this client has {about['version']}")
-        tensors = {name: _as_noted(memory[KEPT + name], *form) for name, (_, *form) in about["tensors"].items()}
-        return Payload(tensors, {name: Role(role) for name, (role, *_) in about["tensors"].items()}, about["scalars"])
-    except UNREADABLE as error:
-        raise Outdated(f"what this client kept of the broadcast is damaged: {error!r}") from error
+        about = memory[ABOUT].numpy().tobytes() if ABOUT in memory else b""
+        has = about[:LENGTH].decode("ascii") or START
+        if has != version:
+            raise Outdated(f"the ask builds on version {version[:20]} of the broadcast, this client has {has}")
+        schema = Schema.from_bytes(about[LENGTH:], len(memory))
+        return Payload(
+            {line.name: _as_noted(memory[KEPT + line.name], line) for line in schema.lines},
+            {line.name: line.role for line in schema.lines},
+            schema.scalars,
+        )
+    except (*UNREADABLE, MalformedMessage) as error:
+        raise Outdated(f"what this client kept of the broadcast is damaged: {str(error)[:200]}") from error
 
 
-def _as_noted(tensor: Tensor, dtype: str, shape: list[int]) -> Tensor:
-    if (as_text(tensor.dtype), list(tensor.shape)) != (dtype, shape):
-        raise ValueError(f"a tensor is {tensor.dtype} {tuple(tensor.shape)}, noted as {dtype} {shape}")
+def _as_noted(tensor: Tensor, line: Line) -> Tensor:
+    if (as_text(tensor.dtype), tuple(tensor.shape)) != (line.dtype, line.shape):
+        raise ValueError(f"'{line.name}' is {tensor.dtype} {tuple(tensor.shape)}, noted as {line.dtype} {line.shape}")
     return tensor
 
 
@@ -133,13 +136,12 @@ def _keep(memory: Memory, version: str, payload: Payload, changed: Collection[st
             del memory[name]
     for name in payload.tensors if changed is None else changed:
         memory.keep(KEPT + name, payload.tensors[name])
-    tensors = {name: (payload.roles[name], as_text(tensor.dtype), tensor.shape) for name, tensor in payload.tensors.items()}
-    about = json.dumps({"version": version, "tensors": tensors, "scalars": dict(payload.scalars)}).encode()
+    about = version.encode() + known_schema(payload).as_bytes()
     memory[ABOUT] = torch.from_numpy(np.frombuffer(about, np.uint8).copy())
 
 
 def _next(version: str, data: bytes) -> str:
-    return hashlib.sha256(version.encode() + b"\x1f" + data).hexdigest()[:16]
+    return hashlib.sha256(version.encode() + b"\x1f" + data).hexdigest()[:LENGTH]
 
 
 def _sources(payload: Payload) -> dict[str, bytes]:
