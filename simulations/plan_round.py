@@ -12,16 +12,20 @@ import torch
 from client.costs import probe_peak
 from client.trainer import Trainer
 from fedtune.base import Blueprint
+from fedtune.envelope import Envelope
 from fedtune.errors import ClientFailed, RoundFailed
 from fedtune.folding import FoldedAnswers
 from fedtune.payload import Payload, joined, payload_of, role_of, vectors
 from fedtune.strategy import Answer, Ask, ClientInfo, ServerState, Strategy
 from fedtune.trainable import Costs
-from fedtune.wire import pack_answer, pack_ask, unpack_answer
+from fedtune.wire.ends import ClientEnd, ServerEnd
+from fedtune.wire.ledger import Cost, cost_of
 from server.records import Watcher
 from simulations.stand import FIGURES
+from simulations.traffic import MOST, NOTHING
 from strategies.layer_tensors import Parts
 
+ENOUGH = 2**22  # numbers
 Answering = Callable[[ClientInfo, Ask, str], Answer]
 
 
@@ -42,6 +46,8 @@ class ClientPlan:
     seconds: float | None = None  # a step
     probe: float | None = None  # bytes at the peak of a probe; who declares memory keeps no activations in it
     short: Mapping[str, float] = field(default_factory=dict)  # limits that no layer keeps -> what the least takes
+    plain: int | None = None  # what `down` and `up` were together, were every number sent as it is
+    evaluation: int | None = None  # bytes of an evaluation, both directions
 
 
 def play(strategy: Strategy, state: ServerState, cohort: Sequence[ClientInfo], answer: Answering) -> Ask | None:
@@ -64,9 +70,12 @@ class SelectiveRound:
     def __init__(self, trainer: Trainer, model: Blueprint, cohort: Sequence[ClientInfo], watcher: Watcher) -> None:
         self._trainer, self._model, self._watcher = trainer, model, watcher
         self._cohort = {info.id: info for info in cohort}
-        self._down, self._up = dict.fromkeys(self._cohort, 0), dict.fromkeys(self._cohort, 0)
+        self._down, self._up = dict.fromkeys(self._cohort, NOTHING), dict.fromkeys(self._cohort, NOTHING)
         self._kinds: set[str] = set()
         strategy, adapter = trainer.strategy, model.adapter
+        self._wire, self._start = trainer.job.make_wire(), payload_of(adapter)
+        self._server = ServerEnd(self._wire, strategy, self._start)
+        self._sizes: dict[tuple[str, ...], Cost] = {}  # of answers, by the names of what trained
         whole = strategy.trains_whole
         own = {name: tuple(tensor.shape) for name, tensor in payload_of(adapter).tensors.items()}
         self._where, self._shapes = ("whole", model.shapes) if whole else ("adapter", own)
@@ -88,14 +97,16 @@ class SelectiveRound:
     def _answered(self, info: ClientInfo, ask: Ask, step: str) -> Answer:
         self._watcher.doing(ask.kind, list(self._cohort).index(info.id), len(self._cohort))
         self._kinds.add(ask.kind)
-        asked = pack_ask(ask, info.id, self._header(step))
+        asked = self._server.ask(ask, info.id, self._header(step))
         answered = self._trainer.answer(asked, info.id)
-        self._down[info.id] += asked.size()
-        self._up[info.id] += answered.size()
+        self._server.arrived(info.id, answered)
         try:
-            return unpack_answer(answered)
+            answer = self._server.answer(answered, info, MOST)
         except ClientFailed as reason:
             raise RoundFailed(f"client '{info.id}' could not answer the ask to {ask.kind}: {reason}") from reason
+        self._down[info.id] += cost_of(asked, ask.payload_for(info.id))
+        self._up[info.id] += cost_of(answered, answer.payload)
+        return answer
 
     def _header(self, step: str) -> dict[str, Any]:
         return {"ask": step, "run": self._trainer.job.name, "round": 1, "base": self._model.adapter.base}
@@ -106,11 +117,13 @@ class SelectiveRound:
         layers = {number: shares[layer] for number, layer in enumerate(parts.layers) if layer in shares}
         numbers = sum(parts.sizes[name] for name in names)
         costs, probe = self._measured(info, state)
+        down, up = self._training(info, ask, names)
         depth = self._depth(min(layers, default=len(parts.layers)))
         return replace(
             known,
-            down=self._down[info.id] + pack_ask(ask, info.id, self._header("1.9")).size(),
-            up=self._up[info.id] + self._answer_size(info, ask, names),
+            down=down.bytes,
+            up=up.bytes,
+            plain=down.plain + up.plain,
             layers=layers,
             numbers=numbers,
             memory=costs["memory"].of(depth, numbers) if names else None,
@@ -141,10 +154,37 @@ class SelectiveRound:
         kept = "probe" in self._kinds and "memory" not in info.limits
         return model.costs(layers), probe_peak(model, names, signal) if kept else None
 
-    def _answer_size(self, info: ClientInfo, ask: Ask, names: Collection[str]) -> int:
-        """Of what is sent after training: the header as it will be, and four bytes for each number."""
-        empty = Payload({name: torch.empty(0) for name in names}, {name: role_of(name) for name in names})
+    def _training(self, info: ClientInfo, ask: Ask, names: Collection[str]) -> tuple[Cost, Cost]:
+        """Down and up of one client in this round, with the ask to train and an answer of random numbers."""
+        asked = self._server.ask(ask, info.id, self._header("1.9"))
+        down = self._down[info.id] + cost_of(asked, ask.payload_for(info.id))
+        known = tuple(sorted(names))
+        if known not in self._sizes:
+            self._sizes[known] = self._answer_cost(info, ask, asked, sorted(names))
+        return down, self._up[info.id] + self._sizes[known]
+
+    def _answer_cost(self, info: ClientInfo, ask: Ask, asked: Envelope, names: Sequence[str]) -> Cost:
+        """Of what is sent after training: as many whole tensors are encoded as are enough to know what a number takes."""
+        strategy, memory = self._trainer.strategy, self._trainer.memory(info.id)
+        end = ClientEnd(self._wire, strategy, memory, info.id, lambda: self._start, MOST)
+        came = end.ask(asked)
+        encoded = _enough(names, self.parts.sizes)
+        tensors = {name: torch.randn(self._shapes[name]) for name in encoded}
         beside = vectors({name: torch.zeros(limits.longest) for name, limits in ask.vectors.items()})
-        answer = Answer(joined(empty, beside), info.examples, FIGURES if names else {})
+        payload = joined(Payload(tensors, {name: role_of(name) for name in tensors}), beside)
         header = {**self._header("1.9"), "client": info.id, "seconds": 0.123456789012345}
-        return pack_answer(answer, header).size() + 4 * sum(self.parts.sizes[name] for name in names)
+        answered = end.answer(Answer(payload, info.examples, FIGURES if names else {}), came, info, header)
+        cost, one = cost_of(answered, payload), sum(self.parts.sizes[name] for name in encoded)
+        rest = sum(self.parts.sizes[name] for name in names) - one
+        return replace(
+            cost, bytes=cost.bytes + round((cost.bytes - cost.header) * rest / max(one, 1)), plain=cost.plain + 4 * rest
+        )
+
+
+def _enough(names: Sequence[str], sizes: Mapping[str, int]) -> list[str]:
+    """The first of them that hold ENOUGH numbers, or all."""
+    taken, numbers = list[str](), 0
+    for name in names:
+        if numbers < ENOUGH:
+            taken, numbers = [*taken, name], numbers + sizes[name]
+    return taken

@@ -19,7 +19,12 @@ ABOUT = {
     True: "Layers are numbered from the input up. Memory is the peak of a step on a batch of full size: the model, and "
     "what torch allocates beside it. Bytes are those of the first round of training; later ones also bring down what has "
     "changed meanwhile.",
-    False: "Bytes of a round of training are those of the mean client.",
+    False: "Bytes of a round of training are those of the mean client; an evaluation, down and up together, comes on top.",
+}
+CODED = {
+    True: "Nothing has trained yet, and what would come up is taken for normal numbers: coded sizes are about right.",
+    False: "Nothing has trained yet, and updates are taken for normal numbers: coded sizes are about right. What an evaluation "
+    "has brought down is not sent again to train; a client that was away for long is sent more.",
 }
 
 
@@ -47,12 +52,29 @@ def plan_table(plan: Plan) -> RenderableType:
     columns += _what_trains(plan, drawn) if plan.layers is not None else _rounds(drawn)
     columns += [Column("down", lambda one: _size(one.down), units.size(sum(one.down or 0 for one in drawn)))]
     columns += [Column("up", lambda one: _size(one.up), units.size(sum(one.up or 0 for one in drawn)))]
+    if any(one.evaluation is not None for one in drawn):
+        total = units.size(sum(one.evaluation or 0 for one in drawn))
+        columns += [Column("evaluation", lambda one: _size(one.evaluation), total)]
     for column in columns:
         left = column.heading in ("client", "layers")
         table.add_column(column.heading, column.total, justify="left" if left else "right", overflow="fold", no_wrap=not left)
     for one in plan.clients:
         table.add_row(*(_styled(column.cell(one)) for column in columns))
-    return Group(table, "", *notes_of(plan), Text(ABOUT[plan.layers is not None], style="dim"))
+    selective = plan.layers is not None
+    about = [ABOUT[selective], *([CODED[selective]] if _is_coded(plan) else [])]
+    return Group(table, "", *_wire(plan), *notes_of(plan), Text(" ".join(about), style="dim"))
+
+
+def _is_coded(plan: Plan) -> bool:
+    return plan.wire not in ("", "plain")
+
+
+def _wire(plan: Plan) -> list[Text]:
+    """What it is, how much smaller it makes messages, and where the method does not let it."""
+    if not plan.wire:
+        return []
+    smaller = f": about {units.ratio(plan.ratio)} smaller than plain numbers" if _is_coded(plan) else ""
+    return [Text(f"wire: {plan.wire}{smaller}"), *(Text(f"{way}, nothing is lost: {why}.") for way, why in plan.exact.items())]
 
 
 class Column(NamedTuple):

@@ -18,14 +18,17 @@ from client.trainable import TrainableModel
 from fedtune.job import Job
 from fedtune.layers import layers_of
 from server.watchers import Quiet
+from simulations import plan_round
 from simulations.engine import resident_trainer, simulate
 from simulations.plan import Plan, plan_job
 from simulations.plan_round import ClientPlan
 from simulations.plan_table import plan_table, spans, step
+from strategies.fed_sb import FedSB
 
 MakeJob = Callable[..., Job]
 Command = Callable[..., tuple[int, str, str]]
-SELECTIVE = ("strategy=selective_layers", "rounds.evaluate_every=0", "rounds.count=1", "data.held_out=0")
+PLAIN = "wire.preset=plain"
+SELECTIVE = (PLAIN, "strategy=selective_layers", "rounds.evaluate_every=0", "rounds.count=1", "data.held_out=0")
 LAYER = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32  # numbers in one layer of the tiny model: q o, k v, mlp, norms
 ADAPTER = 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))  # in one layer's pairs of rank 4
 
@@ -137,25 +140,100 @@ def test_a_client_that_cannot_answer_ends_it_in_one_line(
 @pytest.mark.parametrize(
     ("settings", "headings"),
     [
-        ((), "client examples steps rank down up"),
-        (("strategy=flora", "clients.ranks={ann=2}"), "client examples steps rank down up"),
-        (("strategy=fedkseed", "train.optimizer=sgd", "train.clip=0"), "client examples steps down up"),
+        ((), "client examples steps rank down up evaluation"),
+        (("strategy=flora", "clients.ranks={ann=2}"), "client examples steps rank down up evaluation"),
+        (("strategy=fedkseed", "train.optimizer=sgd", "train.clip=0"), "client examples steps down up evaluation"),
+        (("rounds.evaluate_every=0",), "client examples steps rank down up"),
     ],
 )
 def test_of_other_methods_it_shows_what_is_known(make_job: MakeJob, settings: tuple[str, ...], headings: str) -> None:
-    plan = plan_job(make_job(*settings), Quiet())
+    plan = plan_job(make_job(PLAIN, *settings), Quiet())
     assert plan.layers is None
     lines = shown(plan).splitlines()
     assert lines[0].split() == headings.split()
-    assert len(lines) == 7  # three clients and their sum, a gap and a sentence
+    assert len(lines) == 9  # three clients and their sum, a gap, the wire, a sentence of two lines
     assert lines[4].startswith("3 clients")
 
 
 def test_fedavg_sends_its_adapter(make_job: MakeJob) -> None:
-    """Two layers at rank 4, and in the header the names and scales of 14 modules."""
-    for one in plan_job(make_job(), Quiet()).clients:
+    """Two layers at rank 4, and in the header the names and scales of 14 modules. Plain they are both, whatever the wire."""
+    for one in plan_job(make_job(PLAIN), Quiet()).clients:
         assert one.down == pytest.approx(4 * 2 * ADAPTER, abs=4000)
         assert one.up == pytest.approx(4 * 2 * ADAPTER, abs=4000)
+        assert one.evaluation == pytest.approx(4 * 2 * ADAPTER, abs=4000)
+        assert one.plain == one.down + one.up
+    for one in plan_job(make_job("wire.preset=tiny"), Quiet()).clients:
+        assert one.plain == pytest.approx(2 * 4 * 2 * ADAPTER, abs=8000)
+
+
+def test_a_lossless_codec_of_plain_words_is_counted_to_the_byte(make_job: MakeJob) -> None:
+    """`int8` without entropy: a byte for each of 2 * ADAPTER numbers, and little beside it. What an evaluation has brought is
+    not sent again."""
+    (one, *_) = plan_job(make_job("wire.up=int8", "wire.down=int8", "wire.first=int8"), Quiet()).clients
+    assert one.up is not None
+    assert one.evaluation is not None
+    assert 0 < one.up - 2 * ADAPTER < 0.1 * 2 * ADAPTER + 500
+    assert 0 < one.evaluation - 2 * ADAPTER < 0.1 * 2 * ADAPTER + 900  # what comes up is in it
+    assert one.down is not None
+    assert one.down < 300
+    (one, *_) = plan_job(make_job("wire.down=int8", "wire.first=int8", "rounds.evaluate_every=0"), Quiet()).clients
+    assert one.down is not None
+    assert 0 < one.down - 2 * ADAPTER < 0.1 * 2 * ADAPTER + 500
+
+
+@pytest.mark.parametrize("preset", ["lossless", "balanced", "tiny"])
+def test_the_run_sends_about_what_the_plan_says(make_job: MakeJob, tmp_path: Path, preset: str) -> None:
+    """Less of it, as real updates are not normal numbers: between a third and what was said. Plain it is the same."""
+    job = make_job(f"wire.preset={preset}", "rounds.count=2", "clients.names=['ann']")
+    plan, run = plan_job(job, Quiet()), simulate(job, tmp_path / "run", Quiet())
+    planned, record = plan.clients[0], run.records[-1].clients["ann"]
+    assert planned.down is not None
+    assert planned.up is not None
+    assert planned.evaluation is not None
+    said = planned.down + planned.up + planned.evaluation
+    assert said / 3 < record.bytes_down + record.bytes_up < 1.2 * said
+    assert plan.ratio is not None
+    assert plan.ratio == pytest.approx((record.plain_down + record.plain_up) / said, rel=0.01)
+
+
+def test_the_plan_says_what_the_wire_is(make_job: MakeJob) -> None:
+    assert "\nwire: plain\n" in shown(plan_job(make_job(PLAIN), Quiet()), 200)
+    own = shown(plan_job(make_job("wire.up=topk(0.1) | int8", PLAIN), Quiet()), 300)
+    assert re.search(r"\nwire: plain, up topk\(0.1\) \| int8, down fp32, first fp32: about [\d.]+x smaller", own)
+    assert "normal numbers" in own
+
+
+def test_a_method_that_needs_every_bit_says_why(make_job: MakeJob) -> None:
+    """fed_sb: all clients hold the same A and B; what comes up may lose a little."""
+    plan = plan_job(make_job("strategy=fed_sb", "wire.preset=tiny"), Quiet())
+    assert plan.exact == {"down": FedSB.exact_down}
+    assert "down fp32 | entropy" in plan.wire
+    assert f"\ndown, nothing is lost: {FedSB.exact_down}.\n" in shown(plan, 300)
+    assert plan_job(make_job("strategy=fed_sb", "wire.preset=lossless"), Quiet()).exact == {}  # it loses nothing anyway
+
+
+def test_a_selective_method_is_counted_through_its_codecs(make_job: MakeJob, tmp_path: Path) -> None:
+    """Adapters may lose a little; random numbers in place of trained ones cost about as much."""
+    own = ("strategy.trains=adapter", "strategy.layers=1", "wire.up=int8", "wire.first=int8", "clients.names=['ann']")
+    job = make_job(*SELECTIVE, *own)
+    plan, run = plan_job(job, Quiet()), simulate(job, tmp_path / "run", Quiet())
+    one, record = plan.clients[0], run.records[-1].clients["ann"]
+    assert one.up == pytest.approx(record.bytes_up, abs=80)
+    assert one.plain == pytest.approx(record.plain_down + record.plain_up, abs=80)
+    assert one.plain is not None
+    assert one.down is not None
+    assert one.up is not None
+    assert plan.ratio == pytest.approx(one.plain / (one.down + one.up))
+
+
+def test_of_a_large_answer_some_tensors_stand_for_the_rest(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job(*SELECTIVE, "strategy.trains=adapter", "strategy.layers=2", "wire.up=int8", "wire.first=int8")
+    whole = plan_job(job, Quiet()).clients[0]
+    monkeypatch.setattr(plan_round, "ENOUGH", 1000)
+    part = plan_job(job, Quiet()).clients[0]
+    assert whole.up is not None
+    assert part.up == pytest.approx(whole.up, rel=0.15)
+    assert part.up != whole.up
 
 
 def test_who_is_not_drawn_is_not_counted(make_job: MakeJob) -> None:
@@ -177,10 +255,11 @@ def test_the_command_prints_a_table(job_file: Path, run_command: Command) -> Non
 
 
 def test_the_command_speaks_to_programs_too(job_file: Path, run_command: Command) -> None:
-    words = ("--set", "strategy=selective_layers", "--set", "clients.memory={ann='800kB'}", "--json")
+    words = ("--set", "strategy=selective_layers", "--set", PLAIN, "--set", "clients.memory={ann='800kB'}", "--json")
     code, out, error = run_command("plan", job_file, *words)
     given = json.loads(out)
     assert (code, error, given["layers"], given["strategy"]) == (0, "", 2, "selective_layers")
+    assert (given["wire"], given["ratio"], given["exact"]) == ("plain", 1.0, {})
     ann = given["clients"][0]
     assert (ann["client"], ann["limits"], ann["layers"]) == ("ann", {"memory": 800_000.0}, {"1": 1.0})  # the other takes 847 kB
 
