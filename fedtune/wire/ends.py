@@ -82,7 +82,7 @@ class ServerEnd:
         codec, header = self._wire.up.change, envelope.header
         meant, came = self._asked.get(client.id, (NOTHING_ASKED, NOTHING_ASKED))
         if "failed" in header or not envelope.tensors or codec.plain:
-            _require_count(envelope, most)
+            _require_plain(envelope, codec, most)
             answer = unpack_answer(envelope)
         else:
             require_version(header)
@@ -108,7 +108,7 @@ class ClientEnd:
         """Raises ClientFailed or MalformedMessage."""
         codec, header = self._wire.down.change, envelope.header
         if codec.plain or not envelope.tensors:
-            _require_count(envelope, self._most)
+            _require_plain(envelope, codec, self._most)
             return unpack_ask(envelope)
         require_version(header)
         wire, since, ask_id = self._wire, _word(header, "since"), _word(header, "ask")
@@ -154,10 +154,7 @@ def _data(envelope: Envelope, codec: Codec) -> bytes:
     given = [tensor.stype for tensor in envelope.tensors]
     if given != [PACKED]:
         raise MalformedMessage(f"tensors came as {', '.join(sorted(set(given)))[:80]}, wanted {PACKED} alone (wire)")
-    if envelope.header.get("codec") != codec.text:
-        raise MalformedMessage(
-            f"tensors came by codec {str(envelope.header.get('codec'))[:80]!r}, this job's is '{codec.text}' (wire)"
-        )
+    _require_codec(envelope, codec)
     return envelope.tensors[0].data
 
 
@@ -170,7 +167,16 @@ def _word(header: Mapping[str, Any], name: str) -> str:
     return str(header.get(name))
 
 
-def _require_count(envelope: Envelope, most: int) -> None:
+def _require_plain(envelope: Envelope, codec: Codec, most: int) -> None:
+    """Tensors as they are: at most so many numbers."""
     total = sum(len(tensor.data) for tensor in envelope.tensors)
     if total > 8 * most:
         raise MalformedMessage(f"a message of {total} bytes came, wanted at most {8 * most}")
+    if envelope.tensors and "codec" in envelope.header:  # a failure repeats the header of its ask
+        _require_codec(envelope, codec)
+
+
+def _require_codec(envelope: Envelope, codec: Codec) -> None:
+    given = str(envelope.header.get("codec"))
+    if given != codec.text:
+        raise MalformedMessage(f"tensors came by codec {given[:80]!r}, this job's is '{codec.text}' (wire)")
