@@ -7,7 +7,7 @@ bytes (fedtune/wire/packed.py); a header says which codec made it, and nothing b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -23,11 +23,21 @@ from fedtune.wire.feedback import Feedback
 from fedtune.wire.packed import pack, unpack
 from fedtune.wire.presets import Wire
 from fedtune.wire.raw import answer_with, pack_answer, pack_ask, require_version, unpack_answer, unpack_ask
-from fedtune.wire.versions import Held, Sent, Versions, received, sent_to
+from fedtune.wire.versions import Held, Versions, received, sent_to
 
 PACKED = "fedtune.packed"
 NOTHING_ASKED = Ask("")
 RESEND = "resend"  # in the header of a failure: the client wants everything
+
+
+@dataclass(frozen=True)
+class _Broadcast:
+    """A payload on its way to all who are sent it and have the same."""
+
+    meant: Payload  # kept, as its id is another's when it is gone
+    came: Payload  # what they make of it
+    envelope: Envelope
+    held: Held | None = None  # what they have from then on
 
 
 class ServerEnd:
@@ -42,24 +52,31 @@ class ServerEnd:
         self._wire, self._strategy, self._versions = wire, strategy, Versions(start, wire.versions)
         self._asked: dict[str, tuple[Ask, Ask]] = {}  # of each client the ask that it was sent last: as meant, and as it came
         self._coming: dict[str, Held] = {}
-        self._sent: dict[tuple[int, str], tuple[Payload, Sent]] = {}  # of the open ask: by a payload's id, and who has what
+        self._sent: dict[tuple[int, str], _Broadcast] = {}  # of the open ask: by a payload's id, and who has what
 
     def ask(self, ask: Ask, client: str, header: Mapping[str, Any]) -> Envelope:
         """The message for one client. Clients that have the same and are sent the same share its bytes."""
         payload = ask.payload_for(client)
-        if self._wire.down.change.plain or not payload.tensors:
-            self._asked[client] = Ask(ask.kind, payload), Ask(ask.kind, payload)
-            return pack_ask(ask, client, header)
-        held = self._versions.of(client)
+        plain = self._wire.down.change.plain or not payload.tensors
+        held = Held() if plain else self._versions.of(client)
         shared = id(payload), held.version
         if shared not in self._sent:
-            sent = sent_to(held, payload, self._wire.down, self._wire.seed, str(header["ask"]))
-            self._sent[shared] = payload, sent  # the payload stays: its id is another's when it is gone
-        sent = self._sent[shared][1]
-        self._coming[client] = sent.held
-        self._asked[client] = Ask(ask.kind, payload), Ask(ask.kind, sent.packed.received)
+            self._sent[shared] = self._plain(ask, client, header) if plain else self._packed(ask, client, header, held)
+        sent = self._sent[shared]
+        if sent.held is not None:
+            self._coming[client] = sent.held
+        self._asked[client] = Ask(ask.kind, payload), Ask(ask.kind, sent.came)
+        return sent.envelope
+
+    def _plain(self, ask: Ask, client: str, header: Mapping[str, Any]) -> _Broadcast:
+        payload = ask.payload_for(client)
+        return _Broadcast(payload, payload, pack_ask(ask, client, header))
+
+    def _packed(self, ask: Ask, client: str, header: Mapping[str, Any], held: Held) -> _Broadcast:
+        wire, payload = self._wire, ask.payload_for(client)
+        sent = sent_to(held, payload, wire.down, wire.seed, str(header["ask"]))
         about = {**header, "kind": ask.kind, "version": WIRE_VERSION, "since": sent.since}
-        return _packed(sent.packed.data, about, self._wire.down.change)
+        return _Broadcast(payload, sent.packed.received, _packed(sent.packed.data, about, wire.down.change), sent.held)
 
     def arrived(self, client: str, envelope: Envelope | None) -> bool:
         """What a client's reply tells of what it has; whether it wants everything."""

@@ -196,7 +196,7 @@ def test_nobody_can_change_the_scale_that_all_train_at(name: str, scale: float, 
 
 def test_clients_that_are_sent_the_same_share_one_message(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = []
-    monkeypatch.setattr("server.round.pack_ask", lambda ask, *rest: packed.append(ask.kind) or pack_ask(ask, *rest))
+    monkeypatch.setattr("fedtune.wire.ends.pack_ask", lambda ask, *rest: packed.append(ask.kind) or pack_ask(ask, *rest))
     play("rounds.count=1", "strategy.name=flexlora", "clients.ranks.bob=2", "rounds.evaluate_every=0")
     assert packed == ["train", "train"]  # one for rank 4, one for rank 2
 
