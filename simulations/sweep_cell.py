@@ -21,7 +21,7 @@ from fedtune.job import Job
 from server.coordinator import RunResult
 from server.records import RoundRecord
 from server.report import write_report
-from server.report_figures import bytes_per_client
+from server.report_figures import bytes_per_client, ratio
 from server.run_folder import writing
 from server.watchers import Quiet
 from simulations.compare import everybodys_loss
@@ -56,6 +56,7 @@ class Figures:
     exact: bool
     personal: bool
     curve: tuple[Point, ...]
+    ratio: float | None = None  # how many times as large both directions were, were every number sent as it is
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ def figures_of(trainer: Trainer, result: RunResult) -> Figures:
         exact=strategy.exact,
         personal=strategy.personal,
         curve=tuple(curve(records)),
+        ratio=ratio(records),
     )
 
 

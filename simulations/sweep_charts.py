@@ -120,9 +120,9 @@ def pairs(rows: Sequence[Row]) -> tuple[list[Pair], Across, list[Tick]] | None:
     drawn = [(look, row) for look, row in enumerate(rows) if row.figures and math.isfinite(row.loss.mean + row.own.mean)]
     if not drawn:
         return None
-    values = [value for _, row in drawn for value in (row.loss.mean, row.own.mean, *_ends(row.loss))]
+    values = [value for _, row in drawn for value in (row.loss.mean, row.own.mean, *ends(row.loss))]
     values += [base for base in (base_loss(rows),) if base is not None]
-    scale = around(_uncut(values, base_loss(rows)))
+    scale = around(uncut(values, base_loss(rows)))
     across = Across(scale.low, scale.high)
     found = [
         Pair(
@@ -158,8 +158,8 @@ def _plot(
     ticks: list[Tick],
 ) -> Plot:
     base = base_loss(rows)
-    losses = [value for line in found.values() for stop in line for value in (stop.loss.mean, *_ends(stop.loss))]
-    scale = around(_uncut([*losses, *([base] if base is not None else [])], base))
+    losses = [value for line in found.values() for stop in line for value in (stop.loss.mean, *ends(stop.loss))]
+    scale = around(uncut([*losses, *([base] if base is not None else [])], base))
     lines = [_line(look, row, found[row.name], across, scale, of) for look, row in enumerate(rows) if found.get(row.name)]
     reference = Tick(scale.y(base), f"base model {units.loss(base)}") if base is not None else None
     return Plot(title, unit, ticks, scale.ticks(), lines, reference)
@@ -168,7 +168,7 @@ def _plot(
 def _line(look: int, row: Row, line: list[Stop], across: Across, scale: Scale, of: Callable[[Stop], float]) -> Line:
     at = [(across.x(of(stop)), stop) for stop in line]
     path = "M" + "L".join(f"{x} {scale.y(stop.loss.mean)}" for x, stop in at) + "h0" * (len(at) == 1)
-    spread = [(x, *_ends(stop.loss)) for x, stop in at if stop.loss.std is not None]
+    spread = [(x, *ends(stop.loss)) for x, stop in at if stop.loss.std is not None]
     around_it = [*((x, high) for x, _, high in spread), *((x, low) for x, low, _ in reversed(spread))]
     band = "M" + "L".join(f"{x} {scale.y(value)}" for x, value in around_it) + "z" if len(spread) > 1 else ""
     dots = [(x, scale.y(stop.loss.mean), f"{row.name}, round {stop.round}: {stop.loss}") for x, stop in at]
@@ -180,17 +180,17 @@ def _drawable(found: Iterable[Stop]) -> list[Stop]:
     return [stop for stop in found if math.isfinite(stop.loss.mean)]
 
 
-def _uncut(values: Sequence[float], base: float | None) -> list[float]:
+def uncut(values: Sequence[float], base: float | None) -> list[float]:
     """One method that went astray does not flatten the others: nothing is drawn far above the base model."""
     low = min(values)
     most = base + (base - low) / 4 if base is not None and base > low else math.inf
     return [min(value, most) for value in values]
 
 
-def _ends(spread: Spread) -> tuple[float, ...]:
+def ends(spread: Spread) -> tuple[float, ...]:
     return () if spread.std is None else (spread.mean - spread.std, spread.mean + spread.std)
 
 
 def _drawn_ends(spread: Spread, across: Across) -> tuple[float, float] | None:
-    ends = [across.x(min(value, across.high)) for value in _ends(spread)]
-    return (ends[0], ends[1]) if ends else None
+    found = [across.x(min(value, across.high)) for value in ends(spread)]
+    return (found[0], found[1]) if found else None

@@ -10,6 +10,7 @@ from fedtune.paths import app_root
 from server import report_units as units
 from simulations import sweep_charts as charts
 from simulations import sweep_table as tables
+from simulations.sweep_frontier import loss_by_cost
 from simulations.sweep_table import Row
 
 LOOKS = 8  # colours; beyond them the lines are dashed
@@ -24,12 +25,13 @@ def page(title: str, rows: list[Row], lede: str = "") -> str:
             title=title,
             lede=lede,
             verdict=verdict(rows),
-            headers=tables.HEADERS,
+            headers=tables.headers(rows),
             rows=list(enumerate(rows)),
             base=tables.base_cells(rows),
-            note=tables.NOTE,
+            note=tables.note(rows),
             notes=tables.notes_of(rows),
             plots=[plot for plot in (charts.loss_by_round(rows), charts.loss_by_bytes(rows)) if plot],
+            frontier=loss_by_cost(rows),
             pairs=charts.pairs(rows),
             base_loss=charts.base_loss(rows),
             personal=personal,

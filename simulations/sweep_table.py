@@ -13,6 +13,7 @@ from rich.text import Text
 from server import report_units as units
 from simulations.sweep_cell import Figures, Outcome
 
+RATIO = "to plain"  # a column more, where somebody's messages are not plain
 HEADERS = ("strategy", "loss, everybody's", "to the best", "loss, own files", "up", "down", "time", "aggregation error")
 NOTE = (
     "Held-out loss after the last round, nats per token: mean ± sample standard deviation over the seeds. Everybody's: all "
@@ -20,6 +21,7 @@ NOTE = (
     "mean over the clients. Of personal models, everybody's is the mean over the clients' models. Bytes are per client and "
     "round, of training and evaluation both; time is of the whole run."
 )
+RATIO_NOTE = " To plain: how many times as large both directions of training rounds were, were every number sent as it is."
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Row:
     notes: tuple[str, ...] = ()  # what cannot be or failed
     seeds: tuple[int, ...] = ()  # of the figures
     to_best: str = "-"
+    coded: bool = False  # whether any row's messages are not plain
 
     def against(self, best: Row) -> str:
         """The difference of the losses to those of another row, over the seeds that both have."""
@@ -73,9 +76,10 @@ class Row:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """As HEADERS."""
+        """As `headers` names them."""
         if not self.figures:
-            return (self.name, self.notes[0].partition(":")[0], *["-"] * (len(HEADERS) - 2))  # "failed" or "cannot"
+            rest = len(headers([self])) - 2
+            return (self.name, self.notes[0].partition(":")[0], *["-"] * rest)  # "failed" or "cannot"
         mean = lambda of: fmean(map(of, self.figures))  # noqa: E731
         return (
             self.name,
@@ -84,9 +88,14 @@ class Row:
             str(self.own),
             units.size(mean(lambda figures: figures.bytes_up)),
             units.size(mean(lambda figures: figures.bytes_down)),
+            *([self._ratio()] if self.coded else []),
             units.duration(mean(lambda figures: figures.seconds)),
             self._aggregation_error(),
         )
+
+    def _ratio(self) -> str:
+        known = [figures.ratio for figures in self.figures if figures.ratio is not None]
+        return units.ratio(fmean(known)) if known else "-"
 
     def _aggregation_error(self) -> str:
         errors = [figures.aggregation_error for figures in self.figures if figures.aggregation_error is not None]
@@ -103,7 +112,22 @@ def rows_of(outcomes: Iterable[Outcome], impossible: Mapping[str, str]) -> list[
     rows = [_row(*item) for item in by_variant.items()]
     rows += [Row(name, (), (f"cannot: {reason}",)) for name, reason in impossible.items()]
     rows.sort(key=lambda row: (not row.figures, _last(row.loss.mean) if row.figures else 0.0, row.name))
-    return [replace(row, to_best=row.against(rows[0])) if row.figures else row for row in rows]
+    coded = any(is_coded(row) for row in rows)
+    return [replace(row, coded=coded, to_best=row.against(rows[0]) if row.figures else row.to_best) for row in rows]
+
+
+def is_coded(row: Row) -> bool:
+    """Whether its messages are not as plain ones, as far as a ratio shows it."""
+    return any(f"{figures.ratio:.1f}" != "1.0" for figures in row.figures if figures.ratio is not None)
+
+
+def headers(rows: Sequence[Row]) -> tuple[str, ...]:
+    coded = any(row.coded for row in rows)
+    return (*HEADERS[:6], *([RATIO] if coded else []), *HEADERS[6:])
+
+
+def note(rows: Sequence[Row]) -> str:
+    return NOTE + (RATIO_NOTE if any(row.coded for row in rows) else "")
 
 
 def _row(variant: str, outcomes: Sequence[Outcome]) -> Row:
@@ -121,13 +145,14 @@ def base_cells(rows: Sequence[Row]) -> tuple[str, ...] | None:
     of = [(row.spread(lambda f: f.base), row.spread(lambda f: f.base_own)) for row in rows if len(row.figures) == _most(rows)]
     if not of or any(not math.isclose(base.mean, of[0][0].mean, rel_tol=1e-3) for base, _ in of):
         return None
-    return ("base model", str(of[0][0]), "-", str(of[0][1]), *["-"] * (len(HEADERS) - 4))
+    return ("base model", str(of[0][0]), "-", str(of[0][1]), *["-"] * (len(headers(rows)) - 4))
 
 
 def rich_table(rows: Sequence[Row]) -> Table:
-    table = Table(box=None, header_style="bold", caption=NOTE, caption_justify="left")
-    table.add_column(HEADERS[0], no_wrap=True)
-    for header in HEADERS[1:]:
+    table = Table(box=None, header_style="bold", caption=note(rows), caption_justify="left")
+    first, *others = headers(rows)
+    table.add_column(first, no_wrap=True)
+    for header in others:
         table.add_column(header, justify="right")
     for row in rows:
         table.add_row(*map(Text, row.cells))
@@ -138,12 +163,13 @@ def rich_table(rows: Sequence[Row]) -> Table:
 
 def markdown(title: str, rows: Sequence[Row]) -> str:
     """As GitHub shows it."""
-    lines = [_line(HEADERS), "|---|" + "---:|" * (len(HEADERS) - 1)]
+    heads = headers(rows)
+    lines = [_line(heads), "|---|" + "---:|" * (len(heads) - 1)]
     lines += [_line(row.cells) for row in rows]
     if base := base_cells(rows):
         lines.append(_line(base))
     notes = [f"- {_escaped(note)}" for note in notes_of(rows)]
-    return "\n".join([f"# {title}", "", *lines, "", NOTE, *["", *notes][: 2 * len(notes)], ""])
+    return "\n".join([f"# {title}", "", *lines, "", note(rows), *["", *notes][: 2 * len(notes)], ""])
 
 
 def notes_of(rows: Sequence[Row]) -> list[str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 
 from simulations.sweep_cell import Figures, Outcome, Point
 from simulations.sweep_charts import Across, loss_by_bytes, loss_by_round, pairs
+from simulations.sweep_frontier import loss_by_cost
 from simulations.sweep_page import page
 from simulations.sweep_table import Row, rows_of
 
@@ -79,6 +81,40 @@ def test_everybody_s_and_own_loss_are_on_one_scale() -> None:
     assert a.loss > a.own
 
 
+def test_loss_against_bytes_is_drawn_where_they_differ() -> None:
+    """`sent` goes each way: 2 kB, 20 kB and 200 kB a round are in equal steps on a logarithm."""
+    assert loss_by_cost(rows(outcome("a", (4.0, 3.0)), outcome("b", (4.0, 3.0), sent=1900.0))) is None
+    frontier = loss_by_cost(rows(*(outcome(name, (4.0, 3.0), sent=10.0**n) for n, name in ((3, "a"), (4, "b"), (5, "c")))))
+    assert frontier is not None
+    a, b, c = sorted(frontier.marks, key=lambda mark: mark.name)
+    assert b.x - a.x == pytest.approx(c.x - b.x, abs=0.02)
+    assert a.y == b.y == c.y
+    assert (a.left, c.left) == (False, True)
+    assert [tick.label for tick in frontier.x_ticks] == ["10 kB", "100 kB"]
+
+
+def test_a_point_is_the_mean_over_the_seeds() -> None:
+    """Losses 2 and 4: the mean is 3, and the ends are sqrt(2) to both sides."""
+    given = [outcome("a", (5.0, 2.0)), outcome("a", (5.0, 4.0), seed=1), outcome("b", (5.0, 4.0), sent=5000.0)]
+    frontier = loss_by_cost(rows(*given))
+    assert frontier is not None
+    a, b = sorted(frontier.marks, key=lambda mark: mark.name)
+    assert a.deviation is not None
+    per_nat = (a.y - b.y) / (4 - 3)
+    assert a.deviation[0] - a.y == pytest.approx(math.sqrt(2) * per_nat, abs=0.05)
+    assert b.deviation is None
+
+
+def test_names_in_one_place_stand_below_each_other() -> None:
+    given = [outcome(name, (4.0, 3.0), sent=1000.0) for name in "abc"]
+    frontier = loss_by_cost(rows(*given, outcome("far", (4.0, 3.0), sent=1e6)))
+    assert frontier is not None
+    heights = sorted(mark.name_at for mark in frontier.marks if mark.name != "far")
+    assert all(lower - upper >= 5 for upper, lower in pairwise(heights))
+    far = next(mark for mark in frontier.marks if mark.name == "far")
+    assert far.name_at == far.y
+
+
 class Tags(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -111,3 +147,12 @@ def test_the_page_is_whole_and_names_are_text() -> None:
 )
 def test_a_page_of_little(given: list[Outcome]) -> None:
     assert "</html>" in page("x", rows(*given))
+
+
+def test_the_page_draws_loss_against_bytes() -> None:
+    html = page("x", rows(outcome("<b>a</b>", (4.0, 3.0)), outcome("b", (4.0, 3.0), sent=1e5)))
+    parsed = Tags()
+    parsed.feed(html)
+    assert parsed.tags.count("figure") == 3
+    assert "Loss against bytes" in html
+    assert "<b>a</b>" not in html

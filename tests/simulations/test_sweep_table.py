@@ -11,7 +11,17 @@ import pytest
 from rich.console import Console
 
 from simulations.sweep_cell import Figures, Outcome, Point
-from simulations.sweep_table import NOTE, Spread, markdown, rich_table, rows_of
+from simulations.sweep_table import (
+    HEADERS,
+    NOTE,
+    RATIO_NOTE,
+    Spread,
+    base_cells,
+    headers,
+    markdown,
+    rich_table,
+    rows_of,
+)
 
 FIGURES = Figures(
     loss=2.0, own=1.9, base=3.0, base_own=3.1, bytes_up=1_500_000, bytes_down=300, seconds=75, aggregation_error=None,
@@ -57,6 +67,21 @@ def test_the_table_as_markdown() -> None:
 - scaffold: cannot: needs sgd
 """
     assert markdown("demo: 2 seeds", rows_of(outcomes, {"scaffold": "needs sgd"})) == wanted
+
+
+def test_the_ratio_to_plain_has_a_column_where_somebody_s_is_not_1() -> None:
+    """Mean over the seeds: (10 + 20) / 2 = 15."""
+    plain, older = cell("plain", ratio=1.0), cell("older", ratio=None)
+    assert headers(rows_of([plain, older], {})) == HEADERS
+    small = [cell("small", 0, ratio=10.0), cell("small", 1, ratio=20.0)]
+    rows = rows_of([plain, older, *small, Outcome("x", 0, "x", "failed", "no luck")], {"scaffold": "needs sgd"})
+    assert headers(rows) == (*HEADERS[:6], "to plain", *HEADERS[6:])
+    assert {row.name: row.cells[6] for row in rows} == {
+        "plain": "1.0x", "older": "-", "small": "15x", "x": "-", "scaffold": "-"
+    }  # fmt: skip
+    assert {len(row.cells) for row in rows} | {len(base_cells(rows) or ())} == {len(HEADERS) + 1}
+    assert RATIO_NOTE in markdown("x", rows)
+    assert RATIO_NOTE not in markdown("x", rows_of([plain], {}))
 
 
 def test_differences_are_taken_seed_by_seed() -> None:
