@@ -183,7 +183,7 @@ class Wire(Section):
         "auto", description="clients send later what their codec lost; auto: where its mean is not right by itself"
     )
     decay: float = Field(0.9, ge=0, le=1, description="what a round without the client leaves of what its codec lost")
-    versions: PositiveInt = Field(8, description="broadcasts that the server remembers; older clients are sent everything")
+    versions: PositiveInt = Field(16, description="broadcasts that the server remembers; older clients are sent everything")
 
 
 class Machine(Section):
