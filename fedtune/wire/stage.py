@@ -65,7 +65,7 @@ class Form:
         """The smallest that holds the range."""
         if self.kind is Kind.FLOATS:
             return np.dtype(np.float32)
-        return np.result_type(np.min_scalar_type(self.low), np.min_scalar_type(self.high))
+        return np.min_scalar_type(min(self.low, -self.high - 1) if self.low < 0 else self.high)
 
     @property
     def bits(self) -> int:

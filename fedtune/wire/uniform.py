@@ -9,10 +9,14 @@ sends later. `dither = true` subtracts on both sides the same random part of a s
 wide steps (Ziv 1985).
 
     q = round(x / Delta + u),  x' = (q - u) Delta,  u ~ U[-1/2, 1/2) drawn by both
+
+The streams are the same on every machine: each value is worked on by single IEEE operations, and what is added up within a
+piece are whole numbers, or float32 numbers with as many bits below the point, of which float64 holds every sum as it is.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -23,7 +27,12 @@ from pydantic import Field
 from fedtune.errors import MalformedMessage
 from fedtune.wire.stage import Array, Draw, Form, Kind, Stage
 
-MOST = 127  # where the largest number is farther out than so many steps, the step is wider
+MOST = 127  # the largest symbol; where the largest number is farther out than 126 steps, the step is wider
+PIECE = 2**16  # values at a time, which stay in a core's own cache from the first operation to the last
+UNITS = 18  # bits of a piece's largest number, where its squares are added up: 2 * 18 of each, 16 more of their sum
+LEAST = 2.0**-142  # of the steps: of shorter ones float32 has too few bits
+MOST_FLOAT = np.finfo(np.float32).max
+WIDEST = np.float32(MOST_FLOAT / (MOST - 1))  # of the steps: the largest number that there is, is 126 of them
 
 
 @dataclass(frozen=True)
@@ -44,49 +53,72 @@ class Uniform(Stage):
 
     def encode(self, x: Array, draw: Draw) -> tuple[Array, Mapping[str, Array]]:
         flat = np.ascontiguousarray(x, np.float32).reshape(-1)
-        delta = self._step(flat)
-        if not delta:
-            return np.zeros(flat.size, np.int8), {"step": np.zeros(2, np.uint32)}
-        scaled = flat / delta
-        if self.dither:
-            scaled += _part_of_a_step(draw, flat.size)
-        symbols = np.rint(scaled).astype(np.int8)
-        centre = np.float32(0) if self.dither else _centre(scaled, symbols)
-        return symbols, {"step": np.array([delta, centre], np.float32).view(np.uint32)}
+        symbols, delta, closer = np.zeros(flat.size, np.int8), self._step(flat), 0.0
+        for piece in _pieces(flat.size if delta else 0):
+            steps = flat[piece] / delta
+            if self.dither:
+                steps += _part_of_a_step(draw, piece)
+            whole = np.rint(steps)
+            np.copyto(symbols[piece], whole, casting="unsafe")
+            closer += 0.0 if self.dither else _closer(steps, whole)
+        centre = round(256 * closer / max(int(np.count_nonzero(symbols)), 1)) / 256
+        return symbols, {"step": np.array([delta, min(max(centre, 0), 0.5)], np.float32).view(np.uint32)}
 
+    @np.errstate(over="ignore")  # a number near the largest that there is can be decoded to a larger one
     def decode(self, carrier: Array, sides: Mapping[str, Array], given: Form, draw: Draw) -> Array:
         delta, centre = sides["step"].view(np.float32)
-        if not (np.isfinite(delta) and 0 <= delta <= np.finfo(np.float32).max / (2 * MOST)):
-            raise MalformedMessage(f"a step is {delta}, wanted a finite number from 0 on")
+        if not 0 <= delta <= WIDEST:
+            raise MalformedMessage(f"a step is {delta}, wanted a number from 0 to {WIDEST:.4g}")
         if not 0 <= centre <= 0.5:
             raise MalformedMessage(f"a step's centre is {centre}, wanted 0 to 0.5")
-        x: Array = carrier.astype(np.float32)
-        x -= _part_of_a_step(draw, given.count) if self.dither else np.sign(x) * centre
-        x *= delta
-        return x
+        x = np.zeros(given.count, np.float32)
+        for piece in _pieces(given.count if delta else 0):
+            some = x[piece]
+            some += carrier[piece]
+            some -= _part_of_a_step(draw, piece) if self.dither else np.clip(carrier[piece], -1, 1) * centre
+            some *= delta
+        return x if delta * np.float32(MOST + 1) <= MOST_FLOAT else x.clip(-MOST_FLOAT, MOST_FLOAT)
 
     def error(self, x: Array) -> float:
         """Half a step each, with dither and, over all, with a centre too. And what float32 rounds away."""
-        flat = np.ravel(x)
-        return float(0.51 * float(self._step(flat)) * flat.size**0.5) if flat.size else 0.0
+        flat = np.ascontiguousarray(x, np.float32).reshape(-1)
+        return 0.51 * float(self._step(flat)) * math.sqrt(flat.size)
 
     def _step(self, flat: Array) -> np.float32:
-        """With 16 significant bits, so that the order in which machines add up squares cannot be seen."""
-        if not flat.size:
-            return np.float32(0)
-        largest = float(np.abs(flat).max())
-        rms = largest and float(np.sqrt(np.mean(np.square(flat / np.float32(largest), dtype=np.float64)))) * largest
-        word = np.array([max(self.step * rms, largest / (MOST - 1))], np.float32).view(np.uint32)
-        rounded = ((word + np.uint32(0x80)) & np.uint32(0xFFFFFF00)).view(np.float32)
-        return np.float32(rounded[0])
+        largest, squares = 0.0, 0.0
+        for piece in _pieces(flat.size):
+            far, more = _sums(flat[piece])
+            largest, squares = max(largest, far), squares + more
+        step = largest and max(self.step * math.sqrt(squares / flat.size), largest / (MOST - 1), LEAST)
+        return np.float32(min(step, float(WIDEST)))
 
 
-def _centre(scaled: Array, symbols: Array) -> np.float32:
-    """How much closer to 0 than the middles of their steps the numbers lie, of those that are not 0; in whole 256ths."""
-    used = symbols != 0
-    closer = np.abs(symbols[used]).astype(np.float64) - np.abs(scaled[used])
-    return np.float32(np.clip(np.rint(closer.mean() * 256) / 256, 0, 0.5) if closer.size else 0.0)
+def _pieces(count: int) -> list[slice]:
+    return [slice(start, min(start + PIECE, count)) for start in range(0, count, PIECE)]
 
 
-def _part_of_a_step(draw: Draw, count: int) -> Array:
-    return (draw.bytes(2 * count).view("<i2").astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-16)
+def _sums(some: Array) -> tuple[float, float]:
+    """The largest size, and the sum of squares of the numbers as whole multiples of 2^-18 of it, or a little less."""
+    largest = float(max(some.max(), -some.min()))
+    exponent = UNITS - math.frexp(largest)[1]
+    whole = np.multiply(some, math.ldexp(1, exponent), dtype=np.float64)
+    np.square(np.rint(whole, out=whole), out=whole)
+    return largest, math.ldexp(float(whole.sum()), -2 * exponent)
+
+
+def _closer(steps: Array, whole: Array) -> float:
+    """How much closer to 0 than the middles of their steps the numbers lie in all, of those that are not 0.
+
+    Each is a multiple of 2^-24: `steps` of 1/2 and more are, and their differences to whole numbers have no more bits.
+    """
+    signs = np.clip(whole, np.float32(-1), np.float32(1))
+    signs *= np.subtract(whole, steps, out=steps)
+    return float(signs.sum(dtype=np.float64))
+
+
+def _part_of_a_step(draw: Draw, piece: slice) -> Array:
+    """float32, exact: 16 bits."""
+    drawn = draw.bytes(2 * (piece.stop - piece.start), 2 * piece.start).view("<i2").astype(np.float32)
+    drawn += np.float32(0.5)
+    drawn *= np.float32(2.0**-16)
+    return drawn
