@@ -13,7 +13,7 @@ READY := $(if $(ACTIVE),,$(VENV)/ready)
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench stubs
+.PHONY: help demo test fuzz lint bench stubs
 
 help:
 	@echo "make <target>, one of:"
@@ -22,9 +22,16 @@ help:
 demo: $(READY)  ## fine-tune a small language model across eight clients on this machine, into runs/demo
 	fedtune simulate demo --out runs/demo --overwrite
 
-# One process: the tests that start Flower keep both cores of a small machine busy by themselves.
-test: $(READY)  ## all tests; some of them: make test ARGS="-k gate"
+# One process: the tests that start Flower keep both cores of a small machine busy by themselves. Who names some tests wants
+# those alone.
+FUZZ = OMP_NUM_THREADS=1 python -m tests.fuzz.fuzz_wire --seconds
+test: $(READY)  ## all tests, and the fuzzer for half a minute; some of them: make test ARGS="-k gate"
 	OMP_NUM_THREADS=1 pytest -q $(ARGS)
+	$(if $(filter -k -m tests/%,$(ARGS)),,$(FUZZ) 30)
+
+SECONDS ?= 600
+fuzz: $(READY)  ## bytes from anywhere for the decoders of the wire; for an hour: make fuzz SECONDS=3600
+	$(FUZZ) $(SECONDS)
 
 lint: $(READY)  ## format, lint, types, and the direction of the imports; changes nothing
 	ruff format --check .

@@ -10,7 +10,7 @@ An input is kept as hexadecimal digits, so that it can be read and mended. What 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import subprocess
 import sys
 import tempfile
@@ -35,8 +35,10 @@ def main() -> int:
 
 def fuzz(seconds: int) -> int:
     """In a process of its own, which libFuzzer ends as it likes."""
-    if importlib.util.find_spec("atheris") is None:
-        say("fuzzing is left out: atheris is not installed; it is for Linux: pip install atheris")
+    try:
+        importlib.import_module("atheris")
+    except ImportError as error:
+        say(f"no fuzzing without atheris, which runs on Linux (pip install atheris): {error}")
         return 0
     with tempfile.TemporaryDirectory() as folder:
         seeds, crashes, log = Path(folder, "seeds"), Path(folder, "crashes"), Path(folder, "log")
@@ -51,7 +53,7 @@ def fuzz(seconds: int) -> int:
 
 def report(code: int, log: str, crashes: Path) -> int:
     done = [line for line in log.splitlines() if line.startswith(("Done", "stat::number_of_executed_units"))]
-    say(f"fuzzed the wire: {'; '.join(done) or 'no input was tried'}")
+    say(f"fuzzed the wire: {next(iter(done), 'no input was tried')}")
     if code:
         say(log[-6000:])
     for crash in sorted(crashes.iterdir()):
