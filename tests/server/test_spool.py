@@ -23,6 +23,10 @@ def envelope(payload: Payload, weight: float = 1.0) -> Envelope:
     return pack_answer(Answer(payload, weight, {"loss": 0.1}), {"ask": "1.0", "base": "b", "client": "x"})
 
 
+def plain(client: str, envelope: Envelope) -> Answer:
+    return unpack_answer(envelope)
+
+
 def vector(*values: float) -> Payload:
     return Payload({"v": torch.tensor(values)}, {"v": Role.VECTOR}, {"s": values[0]})
 
@@ -99,7 +103,7 @@ def test_the_mean_has_the_same_bits_in_whatever_order_answers_came(tmp_path: Pat
         spool = Spool(tmp_path / str(number))
         for client in order:
             spool.put(client, envelope(vector(values[client])))
-        answers = SpooledAnswers(spool, {client: weights[client] for client in order}, Fold.SUM)
+        answers = SpooledAnswers(spool, {client: weights[client] for client in order}, Fold.SUM, plain)
         assert list(answers.weights.items()) == [("ann", 3 / 7), ("bob", 3 / 7), ("cy", 1 / 7)]
         means.append(answers.mean().tensors["v"])
     assert all(torch.equal(mean, means[0]) for mean in means)
@@ -114,7 +118,7 @@ def test_a_mean_by_hand(tmp_path: Path) -> None:
             {"v": torch.tensor([value], dtype=torch.bfloat16), "d": torch.ones(1)}, {"v": Role.A, "d": Role.DENSE}, {"s": value}
         )
         spool.put(client, envelope(payload))
-    answers = SpooledAnswers(spool, {"ann": 1.0, "bob": 3.0}, Fold.SUM)
+    answers = SpooledAnswers(spool, {"ann": 1.0, "bob": 3.0}, Fold.SUM, plain)
     mean = answers.mean([Role.A])
     assert mean.tensors == {"v": torch.tensor([5.0])}
     assert mean.tensors["v"].dtype is torch.float32
@@ -126,7 +130,7 @@ def test_a_sum_does_not_show_single_answers(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     spool.put("ann", envelope(vector(1.0)))
     with pytest.raises(TypeError, match=r"use mean\(\), or yield Ask\(..., fold=Fold.EACH\)"):
-        iter(SpooledAnswers(spool, {"ann": 1.0}, Fold.SUM))
+        iter(SpooledAnswers(spool, {"ann": 1.0}, Fold.SUM, plain))
 
 
 def test_each_shows_them_in_the_order_of_clients(tmp_path: Path) -> None:
@@ -135,7 +139,7 @@ def test_each_shows_them_in_the_order_of_clients(tmp_path: Path) -> None:
         spool.put(client, envelope(vector(value)))
     seen = [
         (client, share, answer.payload.scalars["s"])
-        for client, share, answer in SpooledAnswers(spool, {"bob": 3.0, "ann": 1.0}, Fold.EACH)
+        for client, share, answer in SpooledAnswers(spool, {"bob": 3.0, "ann": 1.0}, Fold.EACH, plain)
     ]
     assert seen == [("ann", 0.25, 2.0), ("bob", 0.75, 6.0)]
 
