@@ -25,7 +25,10 @@ ROOT = Path(__file__).parents[2]
 PAGES = (
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("architecture", "decisions", "job", "choosing-a-strategy", "seeds", "selective-layers")),
+    *(
+        f"docs/{name}.md"
+        for name in ("architecture", "decisions", "job", "compression", "choosing-a-strategy", "seeds", "selective-layers")
+    ),
 )
 SMALL = ("rounds.count=1", "train.steps=1", "clients.count=2", "data.max_held_out=2", "data.max_length=32", "compare=false")
 OFFLINE = ("model.path=builtin:stdlib",)
@@ -63,7 +66,7 @@ def load_fleet(folder: Path, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder that the README's reader is in: the data and job of its example, and the runs that it speaks of."""
+    """The folder that the reader is in: the data and job of the README's example, the runs that it speaks of, plug-ins."""
     folder = tmp_path_factory.mktemp("reader")
     (folder / "notes").mkdir()
     for client in ("north", "south"):
@@ -73,6 +76,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "notes.toml").write_text(job, encoding="utf-8")
     (folder / "path/to").mkdir(parents=True)
     (folder / "path/to/my_method.py").write_text(METHOD, encoding="utf-8")
+    (folder / "sign.py").write_text(blocks("docs/compression.md", "python")[0], encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         simulate("demo", out="runs/demo")
