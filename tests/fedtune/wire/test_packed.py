@@ -90,12 +90,12 @@ def test_what_both_sides_have_costs_three_bytes() -> None:
     assert same_payload(unpack(packed.data, INT8, 0, known), known)
 
 
-@pytest.mark.parametrize("layout", USUAL.values())
-def test_a_usual_message_carries_no_schema(layout: Mode) -> None:
-    known = small()
-    same = list(known.tensors) if layout is Mode.SAME else []
-    packed = pack(near(known), INT8, 0, known, fresh=layout is Mode.FIRST, same=same)
-    assert overhead(packed.data) == 3
+@pytest.mark.parametrize("layout", USUAL)
+def test_a_usual_message_carries_no_schema(layout: int) -> None:
+    known, mode = small(), USUAL[layout]
+    same = list(known.tensors) if mode is Mode.SAME else []
+    packed = pack(near(known), INT8, 0, known, fresh=mode not in (Mode.SAME, Mode.CHANGE), same=same)
+    assert (overhead(packed.data), packed.data[1]) == (3, layout)
 
 
 def test_an_unusual_one_does() -> None:
