@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedtune.wire.codec import CARRIER, Codec
 from fedtune.wire.slices import slices
-from fedtune.wire.stage import Array, Kind
+from fedtune.wire.stage import Array, Key, Kind
 
 WORDS = 2**32 - 1
 
@@ -28,7 +28,18 @@ def difference(tensor: Tensor, base: Tensor | None, codec: Codec) -> Array:
         return np.asarray(x - as_float32(base))
 
 
-def encoded(x: Array, base: Tensor | None, codec: Codec, key: int, name: str) -> dict[str, Array]:
+def is_far(tensor: Tensor, base: Tensor) -> bool:
+    """Whether the difference is larger than the tensor: a base that is unlike it only adds to what a codec loses."""
+    x, b = as_float32(tensor).reshape(-1), as_float32(base).reshape(-1)
+    change = size = 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        for piece in slices(x.size):  # one after the other and in float64: the same on every machine
+            change += float(np.square(x[piece] - b[piece], dtype=np.float64).sum())
+            size += float(np.square(x[piece], dtype=np.float64).sum())
+    return change > size
+
+
+def encoded(x: Array, base: Tensor | None, codec: Codec, key: Key, name: str) -> dict[str, Array]:
     """`x` as `difference` gave it, finite."""
     streams = codec.encode(x, key, name)
     if base is not None and _by_words(codec, x.shape):
@@ -37,7 +48,7 @@ def encoded(x: Array, base: Tensor | None, codec: Codec, key: int, name: str) ->
 
 
 def decoded(
-    streams: Mapping[str, Array], base: Tensor | None, shape: tuple[int, ...], codec: Codec, key: int, name: str
+    streams: Mapping[str, Array], base: Tensor | None, shape: tuple[int, ...], codec: Codec, key: Key, name: str
 ) -> Array:
     """The tensor, float32, of this shape. Raises MalformedMessage."""
     if base is not None and _by_words(codec, shape):

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from fedtune.errors import JobError
-from fedtune.wire.stage import Array, Draw, Form, Kind, Stage
+from fedtune.wire.stage import Array, Draw, Form, Key, Kind, Stage
 from fedtune.wire.stages import stage_from
 
 ENTROPY = "entropy"
@@ -49,22 +49,22 @@ class Codec:
             forms |= {f"{place}.{name}": form for name, form in stage.sides(given).items()}
         return {**forms, CARRIER: self._last(shape)}
 
-    def encode(self, x: Array, key: int, name: str) -> dict[str, Array]:
+    def encode(self, x: Array, key: Key, name: str) -> dict[str, Array]:
         """`x` is finite and float32."""
         streams: dict[str, Array] = {}
         forms = self.forms(x.shape)
         for place, stage in enumerate(self.stages):
-            x, sides = stage.encode(x, Draw(key, name, place))
+            x, sides = stage.encode(x, Draw.of(key, name, place))
             streams |= {f"{place}.{side}": values for side, values in sides.items()}
         streams[CARRIER] = x
         return {stream: np.ascontiguousarray(values.reshape(-1), forms[stream].dtype) for stream, values in streams.items()}
 
-    def decode(self, streams: Mapping[str, Array], shape: tuple[int, ...], key: int, name: str) -> Array:
+    def decode(self, streams: Mapping[str, Array], shape: tuple[int, ...], key: Key, name: str) -> Array:
         """float32, of this shape. Raises MalformedMessage."""
         x = streams[CARRIER]
         for place, stage, given in reversed(list(self._given(shape))):
             sides = {side: streams[f"{place}.{side}"] for side in stage.sides(given)}
-            x = stage.decode(x, sides, given, Draw(key, name, place)).reshape(given.shape)
+            x = stage.decode(x, sides, given, Draw.of(key, name, place)).reshape(given.shape)
         return x
 
     def _given(self, shape: tuple[int, ...]) -> Iterator[tuple[int, Stage, Form]]:

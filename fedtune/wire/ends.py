@@ -23,6 +23,7 @@ from fedtune.wire.feedback import Feedback
 from fedtune.wire.packed import pack, unpack
 from fedtune.wire.presets import Wire
 from fedtune.wire.raw import answer_with, pack_answer, pack_ask, require_version, unpack_answer, unpack_ask
+from fedtune.wire.stage import Key
 from fedtune.wire.versions import Held, Versions, received, sent_to
 
 PACKED = "fedtune.packed"
@@ -103,7 +104,7 @@ class ServerEnd:
             answer = unpack_answer(envelope)
         else:
             require_version(header)
-            key = seed_of(self._wire.seed, _word(header, "ask"), "up", client.id)
+            key = _key(self._wire.seed, _word(header, "ask"), client.id)
             payload = unpack(_data(envelope, codec), self._wire.up, key, self._strategy.began(came, client), most)
             answer = answer_with(payload, header)
         if self._wire.down.change.exact:
@@ -138,7 +139,7 @@ class ClientEnd:
         codec = self._wire.up.change
         if not answer.payload.tensors or codec.plain:
             return pack_answer(answer, header)
-        key = seed_of(self._wire.seed, str(header["ask"]), "up", self._client)
+        key = _key(self._wire.seed, str(header["ask"]), self._client)
         errors = Feedback(self._memory, ask.kind, header, self._wire.decay) if self._wire.feedback else None
         packed = pack(answer.payload, self._wire.up, key, self._strategy.began(ask, local), errors=errors)
         about = {**header, "version": WIRE_VERSION, "weight": answer.weight, "metrics": dict(answer.metrics)}
@@ -155,6 +156,11 @@ def _moved(payload: Payload, came: Payload, meant: Payload) -> Payload:
         return tensor + (other - one).to(tensor.dtype) if codable and one is not None and other is not None else tensor
 
     return replace(payload, tensors={name: one(name, tensor) for name, tensor in payload.tensors.items()})
+
+
+def _key(seed: int, ask_id: str, client: str) -> Key:
+    """Each client's own, so that what they round averages out; and the one of all who are asked."""
+    return seed_of(seed, ask_id, "up", client), seed_of(seed, ask_id, "up")
 
 
 def outdated(failure: Envelope) -> Envelope:

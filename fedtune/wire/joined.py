@@ -9,7 +9,7 @@ import numpy as np
 
 from fedtune.errors import MalformedMessage
 from fedtune.wire.codec import Codec
-from fedtune.wire.schema import Line, Mode
+from fedtune.wire.schema import CODED, Line, Mode
 from fedtune.wire.stage import Array, Form
 from fedtune.wire.streams import read, written
 
@@ -56,7 +56,7 @@ class Joined:
 
 def joined(lines: Sequence[Line], codecs: Codecs) -> list[Joined]:
     """The streams of a message in their order; which they are follows from the schema alone."""
-    return [row for mode in (Mode.CHANGE, Mode.FIRST) for row in _of([x for x in lines if x.mode is mode], codecs.of(mode))]
+    return [row for mode in CODED for row in _of([x for x in lines if x.mode is mode], codecs.of(mode))]
 
 
 def _of(lines: Sequence[Line], codec: Codec) -> list[Joined]:

@@ -24,14 +24,14 @@ from fedtune.wire.joined import Codecs, joined
 from fedtune.wire.parts import Errors, Packing
 from fedtune.wire.raw import DTYPES, as_it_lies
 from fedtune.wire.reader import Reader, as_bytes
-from fedtune.wire.schema import Line, Mode, Schema, fits, known_schema, require_possible, schema_of
-from fedtune.wire.stage import Array
+from fedtune.wire.schema import BASED, Line, Mode, Schema, known_schema, require_possible, schema_of
+from fedtune.wire.stage import Array, Key
 
 __all__ = ["NOTHING", "Codecs", "Errors", "Packed", "overhead", "pack", "unpack"]
 
 VERSION = 1
 GIVEN = 0  # layouts
-USUAL = {1: Mode.CHANGE, 2: Mode.SAME, 3: Mode.FIRST}
+USUAL = {1: Mode.CHANGE, 2: Mode.SAME, 3: Mode.FRESH}
 NOTHING = Payload()
 
 
@@ -44,7 +44,7 @@ class Packed:
 def pack(
     payload: Payload,
     codecs: Codecs,
-    key: int,
+    key: Key,
     known: Payload = NOTHING,
     *,
     fresh: bool = False,
@@ -69,7 +69,7 @@ def pack(
     return Packed(b"".join(rows), Payload(received, payload.roles, dict(payload.scalars)))
 
 
-def unpack(data: bytes, codecs: Codecs, key: int, known: Payload = NOTHING, most: int = 2**62) -> Payload:
+def unpack(data: bytes, codecs: Codecs, key: Key, known: Payload = NOTHING, most: int = 2**62) -> Payload:
     """What `pack` calls `received`; at most `most` numbers in all. Raises MalformedMessage."""
     rest = Reader(data)
     schema = _schema(rest, known)
@@ -130,10 +130,10 @@ def _raw(line: Line, data: memoryview) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(line.shape) if data else torch.empty(line.shape, dtype=dtype)
 
 
-def _tensor(line: Line, streams: Mapping[str, Array], codecs: Codecs, key: int, known: Payload) -> Tensor:
+def _tensor(line: Line, streams: Mapping[str, Array], codecs: Codecs, key: Key, known: Payload) -> Tensor:
     """Its own in any case: whoever gets it may write to it."""
     if line.mode is Mode.SAME:
         return known.tensors[line.name].detach().clone()
-    base = known.tensors[line.name] if fits(known, line.name, line.role, line.shape) else None
+    base = known.tensors[line.name] if line.mode in BASED else None
     plain = decoded(streams, base, line.shape, codecs.of(line.mode), key, line.name)
     return torch.from_numpy(plain).to(DTYPES[line.dtype])

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fedtune.payload import Payload
-from fedtune.wire.change import as_float32, decoded, difference, encoded
+from fedtune.wire.change import as_float32, decoded, difference, encoded, is_far
 from fedtune.wire.joined import Codecs
 from fedtune.wire.schema import Mode, codable, fits, is_there
-from fedtune.wire.stage import Array
+from fedtune.wire.stage import Array, Key
 
 Errors = MutableMapping[str, Tensor]
 
@@ -33,7 +33,7 @@ class Packing:
 
     payload: Payload
     codecs: Codecs
-    key: int
+    key: Key
     known: Payload
     fresh: bool = False
     errors: Errors | None = None
@@ -49,7 +49,8 @@ class Packing:
 
     def _coded(self, name: str, tensor: Tensor, base: Tensor | None) -> Part | None:
         """None where a number is not finite, now or when it is decoded: such tensors travel as they are."""
-        mode = Mode.FIRST if self.fresh or base is None else Mode.CHANGE
+        base = None if base is None or is_far(tensor, base) else base
+        mode = Mode.FIRST if base is None else Mode.FRESH if self.fresh else Mode.CHANGE
         codec = self.codecs.of(mode)
         x = self._with_error(name, difference(tensor, base, codec), mode, codec.exact)
         if not np.isfinite(x).all():

@@ -78,7 +78,7 @@ def _below(limit: int, n: int, draw: Draw) -> tuple[Array, Array]:
     """Positions (c,) whose words (c,) are at most `limit`."""
     found, theirs = [], []
     for start in range(0, n, PIECE):
-        words = draw.bytes(8 * min(PIECE, n - start), 8 * start).view("<u8")
+        words = draw.common(8 * min(PIECE, n - start), 8 * start).view("<u8")
         inside = np.flatnonzero(words <= np.uint64(limit))
         found.append(inside + start)
         theirs.append(words[inside])

@@ -66,7 +66,7 @@ def _parts(x: Array) -> list[Array]:
 def _flip(part: Array, draw: Draw, stream: int) -> None:
     """Half of the signs, in place."""
     words = part.reshape(-1).view(np.uint32)
-    bits = draw.bytes(-(-words.size // 8), stream=stream)
+    bits = draw.common(-(-words.size // 8), stream=stream)
     for start in range(0, words.size, PIECE):
         piece = words[start : start + PIECE]
         drawn = np.unpackbits(bits[start // 8 : (start + PIECE) // 8], count=piece.size, bitorder="little")

@@ -35,6 +35,7 @@ import numpy.typing as npt
 from fedtune.noise import Purpose, noise_bytes
 
 Array = npt.NDArray[Any]
+Key = int | tuple[int, int]  # of what is drawn for a message: its own, and the one that all answers to an ask share
 STREAMS = 256  # of random bytes, for each stage of a codec
 
 
@@ -80,10 +81,21 @@ class Draw:
     key: int
     name: str
     stage: int = 0
+    shared: int | None = None  # the key that all answers to an ask have in common; absent is `key`
+
+    @classmethod
+    def of(cls, key: Key, name: str, stage: int) -> Draw:
+        own, shared = key if isinstance(key, tuple) else (key, key)
+        return cls(own, name, stage, shared)
 
     def bytes(self, count: int, start: int = 0, stream: int = 0) -> npt.NDArray[np.uint8]:
-        """`start` is a multiple of 32."""
+        """Of this message alone, as dither must be. `start` is a multiple of 32."""
         return noise_bytes(self.key, self.name, Purpose.WIRE, self.stage * STREAMS + stream, start, count)
+
+    def common(self, count: int, start: int = 0, stream: int = 0) -> npt.NDArray[np.uint8]:
+        """Of all answers to the ask, so that sums of what they hand on mean something: which positions, which rotation."""
+        key = self.key if self.shared is None else self.shared
+        return noise_bytes(key, self.name, Purpose.WIRE, self.stage * STREAMS + stream, start, count)
 
 
 class Stage(ABC):

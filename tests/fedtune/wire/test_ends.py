@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,9 +17,13 @@ from fedtune.errors import ClientFailed, MalformedMessage
 from fedtune.memory import Memory
 from fedtune.payload import Payload, payload_of
 from fedtune.strategy import Answer, Ask, ClientInfo
-from fedtune.wire.ends import PACKED, ClientEnd, ServerEnd, outdated
+from fedtune.wire.ends import PACKED, ClientEnd, ServerEnd, _key, outdated
+from fedtune.wire.integers import Int8
 from fedtune.wire.presets import Wire
+from fedtune.wire.randk import RandK
 from fedtune.wire.raw import RAW, pack_answer, pack_ask, pack_failure
+from fedtune.wire.rotate import Rotate
+from fedtune.wire.stage import Draw
 from fedtune.wire.versions import KEPT, Outdated
 from strategies.fedavg import FedAvg
 from tests.fedtune.wire.payloads import CODECS, near, same_payload
@@ -282,3 +287,15 @@ def test_an_ask_without_tensors_needs_no_codec() -> None:
     run = Run(wire())
     envelope = carried(pack_ask(Ask("probe", Payload(scalars={"x": 1.0})), "ann", header(1)))
     assert run.ends["ann"].ask(envelope).payload.scalars == {"x": 1.0}
+
+
+def test_all_who_are_asked_draw_the_same_rotation_and_positions_and_dither_of_their_own() -> None:
+    """What sums of integers need, and what lets errors of rounding average out."""
+    one, other = (Draw.of(_key(3, "1.0", client), "t", 0) for client in ("ann", "bob"))
+    later = Draw.of(_key(3, "2.0", "ann"), "t", 0)
+    assert one.common(64).tobytes() == other.common(64).tobytes() != later.common(64).tobytes()
+    assert one.bytes(64).tobytes() != other.bytes(64).tobytes()
+    x = np.arange(32, dtype=np.float32)
+    assert np.array_equal(Rotate().encode(x, one)[0], Rotate().encode(x, other)[0])
+    assert np.array_equal(RandK(0.25).encode(x, one)[0], RandK(0.25).encode(x, other)[0])
+    assert not np.array_equal(Int8().encode(x, one)[0], Int8().encode(x, other)[0])
