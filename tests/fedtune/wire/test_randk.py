@@ -23,7 +23,7 @@ class Same(Draw):
 
     byte: int = 0
 
-    def bytes(self, count: int, start: int = 0, stream: int = 0) -> np.ndarray:
+    def common(self, count: int, start: int = 0, stream: int = 0) -> np.ndarray:
         return np.full(count, self.byte, np.uint8)
 
 
@@ -37,7 +37,7 @@ def test_golden_positions() -> None:
 @pytest.mark.parametrize(("count", "n"), [(1, 2), (3, 5), (1, PIECE + 1), (700, 1000), (2 * PIECE, 3 * PIECE - 1)])
 def test_positions_are_those_of_the_smallest_words(count: int, n: int) -> None:
     draw = Draw(3, "a", 2)
-    words = draw.bytes(8 * n).view("<u8").tolist()
+    words = draw.common(8 * n).view("<u8").tolist()
     wanted = sorted(sorted(range(n), key=lambda i: (words[i], i))[:count])
     np.testing.assert_array_equal(drawn_positions(count, n, draw), wanted)
 

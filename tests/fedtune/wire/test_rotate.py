@@ -31,7 +31,7 @@ def normal(size: int) -> Array:
 
 
 def signs(size: int, stream: int, draw: Draw = DRAW) -> Array:
-    bits = np.unpackbits(draw.bytes(-(-size // 8), stream=stream), count=size, bitorder="little")
+    bits = np.unpackbits(draw.common(-(-size // 8), stream=stream), count=size, bitorder="little")
     return (1 - 2 * bits.astype(np.float32)).astype(np.float32)
 
 
