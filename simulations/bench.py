@@ -1,9 +1,10 @@
 """Ratios, measured side by side in one run: what the simulation costs beyond plain training, the server's arithmetic,
-what is computed from seeds, what single layers cost, and the stages of codecs.
+what is computed from seeds, what single layers cost, and the wire.
 
     python -m simulations.bench            # all of them, about ten minutes on two cores
     python -m simulations.bench overhead   # one of: overhead, ray, memory, refactoring, folding, replay, step, step_memory,
-                                           # solver, layer_step, layer_memory, probing, wire_stages
+                                           # solver, layer_step, layer_memory, probing, wire_stages,
+                                           # wire_presets, wire_memory
 
 Each run of a simulation is in a fresh process, the two sides of a ratio in turn; a ratio is that of the fastest of each side,
 which other work on the machine disturbs least.
@@ -29,7 +30,7 @@ from fedtune.job import Job, checked_job
 from simulations.bench_algebra import Ratio, folding, refactoring
 from simulations.bench_layers import layer_memory, layer_step, probing, solver
 from simulations.bench_seeds import replay, step, step_memory
-from simulations.bench_wire import wire_stages
+from simulations.bench_wire import wire_memory, wire_presets, wire_stages
 from simulations.plain_loop import plain_loop
 
 REPEATS = 3
@@ -146,6 +147,8 @@ MEASURED = {
     "layer_memory": layer_memory,
     "probing": probing,
     "wire_stages": wire_stages,
+    "wire_presets": wire_presets,
+    "wire_memory": wire_memory,
 }
 
 
