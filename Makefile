@@ -22,11 +22,11 @@ help:
 demo: $(READY)  ## fine-tune a small language model across eight clients on this machine, into runs/demo
 	fedtune simulate demo --out runs/demo --overwrite
 
-# One process: the tests that start Flower keep both cores of a small machine busy by themselves. Who names some tests wants
-# those alone.
+# A file of tests stays in one process: what it starts (Flower, browsers) is started once. Who names some tests wants those alone.
+WORKERS ?= 2
 FUZZ = OMP_NUM_THREADS=1 python -m tests.fuzz.fuzz_wire --seconds
 test: $(READY)  ## all tests, and the fuzzer for half a minute; some of them: make test ARGS="-k gate"
-	OMP_NUM_THREADS=1 pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
 	$(if $(filter -k -m tests/%,$(ARGS)),,$(FUZZ) 30)
 
 SECONDS ?= 600

@@ -137,7 +137,7 @@ class Trainer:
                 f"the ask is for base model {asked}, this client has {self.resident.base}: use the same model files"
             )
         round, memory = int(envelope.header["round"]), self.memory(client)
-        wire = ClientEnd(self._wire, self.strategy, memory, client, self._start, self._most)
+        wire = ClientEnd(self._wire, self.strategy, memory, client, self._start, self._most, len(self._plan.shapes))
         ask = wire.ask(envelope)
         local = self.local(client, round)
         answer = self._half(ask, local, memory)

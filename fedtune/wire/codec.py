@@ -12,11 +12,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from fedtune.errors import JobError
+from fedtune.errors import JobError, MalformedMessage
 from fedtune.wire.stage import Array, Draw, Form, Key, Kind, Stage
 from fedtune.wire.stages import stage_from
 
 ENTROPY = "entropy"
+OURS = "fedtune.wire."  # stages that are held to MalformedMessage by tests
 STAGE = re.compile(r"\s*(?P<name>[^()|]+?)\s*(?:\((?P<given>[^()|]*)\))?\s*")
 CARRIER = "carrier"  # the name of what the last stage hands on
 
@@ -64,7 +65,7 @@ class Codec:
         x = streams[CARRIER]
         for place, stage, given in reversed(list(self._given(shape))):
             sides = {side: streams[f"{place}.{side}"] for side in stage.sides(given)}
-            x = stage.decode(x, sides, given, Draw.of(key, name, place)).reshape(given.shape)
+            x = _decoded(stage, x, sides, given, Draw.of(key, name, place))
         return x
 
     def _given(self, shape: tuple[int, ...]) -> Iterator[tuple[int, Stage, Form]]:
@@ -79,6 +80,16 @@ class Codec:
         for stage in self.stages:
             form = stage.carrier(form)
         return form
+
+
+def _decoded(stage: Stage, carrier: Array, sides: Mapping[str, Array], given: Form, draw: Draw) -> Array:
+    """A plug-in's stage may not have thought of all that can come."""
+    try:
+        return stage.decode(carrier, sides, given, draw).reshape(given.shape)
+    except Exception as error:
+        if type(stage).__module__.startswith(OURS):
+            raise
+        raise MalformedMessage(f"'{draw.name}' cannot be decoded: {type(error).__name__}: {error}") from error
 
 
 @lru_cache(maxsize=64)

@@ -66,7 +66,7 @@ class ServerEnd:
         sent = self._sent[shared]
         if sent.held is not None:
             self._coming[client] = sent.held
-        self._asked[client] = Ask(ask.kind, payload), Ask(ask.kind, sent.came)
+        self._asked[client] = Ask(ask.kind, payload, tensors=ask.tensors), Ask(ask.kind, sent.came)
         return sent.envelope
 
     def _plain(self, ask: Ask, client: str, header: Mapping[str, Any]) -> _Broadcast:
@@ -105,22 +105,31 @@ class ServerEnd:
         else:
             require_version(header)
             key = _key(self._wire.seed, _word(header, "ask"), client.id)
-            payload = unpack(_data(envelope, codec), self._wire.up, key, self._strategy.began(came, client), most)
+            began, names = self._strategy.began(came, client), len(meant.tensors.get(client.id, ()))
+            payload = unpack(_data(envelope, codec), self._wire.up, key, began, most, names)
             answer = answer_with(payload, header)
         if self._wire.down.change.exact:
             return answer
-        began = self._strategy.began(came, client), self._strategy.began(meant, client)
-        return replace(answer, payload=_moved(answer.payload, *began))
+        both = self._strategy.began(came, client), self._strategy.began(meant, client)
+        return replace(answer, payload=_moved(answer.payload, *both))
 
 
 class ClientEnd:
     """One client's, over its memory."""
 
     def __init__(
-        self, wire: Wire, strategy: Strategy, memory: Memory, client: str, start: Callable[[], Payload], most: int
+        self,
+        wire: Wire,
+        strategy: Strategy,
+        memory: Memory,
+        client: str,
+        start: Callable[[], Payload],
+        most: int,
+        names: int = 0,
     ) -> None:
+        """An ask has at most so many numbers, and names about so many tensors at the most."""
         self._wire, self._strategy, self._memory, self._client = wire, strategy, memory, client
-        self._start, self._most = start, most
+        self._start, self._most, self._names = start, most, names
 
     def ask(self, envelope: Envelope) -> Ask:
         """Raises ClientFailed or MalformedMessage."""
@@ -130,8 +139,8 @@ class ClientEnd:
             return unpack_ask(envelope)
         require_version(header)
         wire, since, ask_id = self._wire, _word(header, "since"), _word(header, "ask")
-        data = _data(envelope, codec)
-        payload = received(data, since, wire.down, wire.seed, ask_id, self._memory, self._start(), self._most)
+        own = self._memory, self._start(), self._most, self._names
+        payload = received(_data(envelope, codec), since, wire.down, wire.seed, ask_id, *own)
         return Ask(str(header.get("kind")), payload)
 
     def answer(self, answer: Answer, ask: Ask, local: Ranks, header: Mapping[str, Any]) -> Envelope:

@@ -69,10 +69,11 @@ def pack(
     return Packed(b"".join(rows), Payload(received, payload.roles, dict(payload.scalars)))
 
 
-def unpack(data: bytes, codecs: Codecs, key: Key, known: Payload = NOTHING, most: int = 2**62) -> Payload:
-    """What `pack` calls `received`; at most `most` numbers in all. Raises MalformedMessage."""
+def unpack(data: bytes, codecs: Codecs, key: Key, known: Payload = NOTHING, most: int = 2**62, names: int = 0) -> Payload:
+    """What `pack` calls `received`; of at most `most` numbers, and some thousands of tensors beside those that are known, or
+    `names`. Raises MalformedMessage."""
     rest = Reader(data)
-    schema = _schema(rest, known)
+    schema = _schema(rest, known, names)
     require_possible(schema, known, most)
     rows = [(stream, rest.take(rest.number())) for stream in joined(schema.lines, codecs)]
     raw = {line.name: rest.take(line.size) for line in schema.lines if line.mode is Mode.RAW}
@@ -109,7 +110,7 @@ def _head(schema: Schema, known: Payload) -> bytes:
     return bytes([VERSION, layout]) + as_bytes(len(about)) + about
 
 
-def _schema(rest: Reader, known: Payload) -> Schema:
+def _schema(rest: Reader, known: Payload, names: int) -> Schema:
     version, layout = rest.take(2)
     if version != VERSION:
         raise MalformedMessage(
@@ -117,7 +118,7 @@ def _schema(rest: Reader, known: Payload) -> Schema:
         )
     about = bytes(rest.take(rest.number()))
     if layout == GIVEN:
-        return Schema.from_bytes(about, len(known.tensors))
+        return Schema.from_bytes(about, max(len(known.tensors), names))
     if about or layout not in USUAL:
         raise MalformedMessage(
             f"a message came of layout {layout} with a schema of {len(about)} bytes, wanted 0 to {max(USUAL)}"

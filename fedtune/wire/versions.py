@@ -93,11 +93,19 @@ class Versions:
 
 
 def received(
-    data: bytes, since: str, codecs: Codecs, seed: int, ask_id: str, memory: Memory, start: Payload, most: int
+    data: bytes,
+    since: str,
+    codecs: Codecs,
+    seed: int,
+    ask_id: str,
+    memory: Memory,
+    start: Payload,
+    most: int,
+    names: int = 0,
 ) -> Payload:
     """What came; the client has it from now on. Raises Outdated or MalformedMessage."""
     known = kept(memory, since, start)
-    payload = unpack(data, codecs, seed_of(seed, ask_id, "down", since), known, most)
+    payload = unpack(data, codecs, seed_of(seed, ask_id, "down", since), known, most, names)
     _keep(memory, _next(since, data), joined(known, payload), None if since == START else payload.tensors)
     return payload
 

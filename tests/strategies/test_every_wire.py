@@ -1,7 +1,7 @@
 """Every method over every preset of the wire: what it publishes is what it publishes over a plain one, or nearly so.
 
-Clients drift: their training adds the same random steps to whatever they start from. So what differs at the end is what the wire
-has lost.
+Clients drift: their training adds the same random steps to whatever they start from. So what differs at the end is what the
+wire has lost.
 """
 
 from __future__ import annotations

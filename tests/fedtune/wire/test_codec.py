@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.errors import JobError
+from fedtune.errors import JobError, MalformedMessage
 from fedtune.wire.codec import CARRIER, Codec, codec_from
 from fedtune.wire.floats import Bf16, Fp32
 from fedtune.wire.integers import Int8
 from fedtune.wire.powersgd import PowerSGD
 from fedtune.wire.rotate import Rotate
-from fedtune.wire.stage import Array, Form, Kind
+from fedtune.wire.stage import Array, Draw, Form, Kind, Stage
 from fedtune.wire.stages import BUILT_IN
 from fedtune.wire.topk import TopK
 
@@ -151,3 +155,22 @@ def test_what_is_drawn_follows_from_the_message_and_the_tensor(key: int, name: s
     kept = codec.decode(streams, (6, 5), key, name)
     assert np.count_nonzero(kept) == 15
     np.testing.assert_allclose(kept[kept != 0], 2 * x[kept != 0], rtol=0, atol=1e-5)
+
+
+def test_what_a_stage_of_ones_own_did_not_think_of_is_a_malformed_message() -> None:
+    @dataclass(frozen=True)
+    class Careless(Stage):
+        name: ClassVar[str] = "careless"
+
+        def carrier(self, given: Form) -> Form:
+            return given
+
+        def encode(self, x: Array, draw: Draw) -> tuple[Array, Mapping[str, Array]]:
+            return x, {}
+
+        def decode(self, carrier: Array, sides: Mapping[str, Array], given: Form, draw: Draw) -> Array:
+            raise IndexError("no such place")
+
+    codec = Codec("careless", (Careless(), Fp32()), entropy=False)
+    with pytest.raises(MalformedMessage, match="'t' cannot be decoded: IndexError: no such place"):
+        codec.decode(codec.encode(np.ones(3, np.float32), 0, "t"), (3,), 0, "t")
