@@ -106,7 +106,7 @@ def flower() -> Iterator[FlowerProcesses]:
 
 @pytest.mark.slow
 def test_two_nodes_over_sockets_give_the_simulated_bits(flower: FlowerProcesses, tmp_path: Path) -> None:
-    """An adapter by the smallest wire, then on the same nodes a whole model that only seeds and slopes have crossed for, and last
+    """An adapter by the smallest wire, then on the same nodes a whole model for which only seeds and slopes have crossed, last
     the weights of the layers that were chosen by gradients, of which one node can afford a single one."""
     _require_same(flower, small_job(wire="tiny"), tmp_path / "adapter", ADAPTER)
     plain = {"steps": 2, "optimizer": "sgd", "clip": 0.0, "lr": 1e-3}
