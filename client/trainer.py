@@ -34,6 +34,7 @@ from fedtune.wire.ends import ClientEnd, outdated
 from fedtune.wire.presets import Wire
 from fedtune.wire.versions import Outdated
 
+WIRE = "wire."  # in a client's memory, before what the wire keeps there
 MODELS = 4  # of which an ask has no more numbers
 
 
@@ -106,6 +107,7 @@ class Trainer:
         header = {key: envelope.header.get(key) for key in ("ask", "run", "round")} | {"client": client}
         try:
             if envelope.header.get("kind") == "hello":
+                self._begin(client)
                 return pack_answer(Answer(), header | self._hello(client))
             return self._answered(envelope, client, header)
         except Outdated as error:
@@ -128,6 +130,14 @@ class Trainer:
         rank, scale = self.job.rank_of(client), self.job.scale_of(client)
         own = {"examples": len(self.data(client).train), "rank": rank, "scale": scale, "base": self.resident.base}
         return own | {"limits": self.job.limits_of(client)}
+
+    def _begin(self, client: str) -> None:
+        """A new run: of the last one's messages nothing is kept."""
+        memory = self.memory(client)
+        for name in [name for name in memory if name.startswith(WIRE)]:
+            del memory[name]
+        if self._directory:
+            memory.save(self._memory_file(self._directory, client))
 
     def _answered(self, envelope: Envelope, client: str, header: dict[str, Any]) -> Envelope:
         began = time.perf_counter()

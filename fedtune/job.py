@@ -141,9 +141,14 @@ def set_key(given: dict[str, Any], override: str) -> None:
             raise JobError(f"--set {override}: '{part}' is a value, not a table")
         given = inner
     try:
-        given[parts[-1]] = tomllib.loads(f"value = {value}")["value"]
+        wanted = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        given[parts[-1]] = value
+        wanted = value
+    short = SHORT.get(key.strip())
+    if short and isinstance(wanted, str) and isinstance(given.get(parts[-1]), dict):
+        given[parts[-1]][short] = wanted  # the other keys of the table stay
+    else:
+        given[parts[-1]] = wanted
 
 
 def _first_problem(error: ValidationError, given: Any) -> str:

@@ -83,7 +83,7 @@ class FlexLoRA(Strategy):
 
     def _slot(self, path: str, cut: Factors, client: Ranks) -> Factors:
         """At the client's own rank and scale. A direction of length 0 has no gradient in either factor: it is drawn anew."""
-        alive = int(cut.B.any(dim=0).sum())
+        alive = max(cut.B.any(dim=0).nonzero().flatten().tolist(), default=-1) + 1
         start = balanced(lora.first(cut, alive), client.scale_of(path))
         return grown(start, client.rank_of(path), path, self.seed)
 

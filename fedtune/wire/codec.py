@@ -39,6 +39,10 @@ class Codec:
         return all(stage.unbiased for stage in self.stages)
 
     @property
+    def amplifies(self) -> bool:
+        return any(stage.amplifies for stage in self.stages)
+
+    @property
     def plain(self) -> bool:
         """Floats as they are: nothing to encode, and nothing to gain from a difference."""
         return self.exact and not self.entropy

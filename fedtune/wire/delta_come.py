@@ -37,6 +37,7 @@ PLAIN = Int8(GROUP, "nearest")
 @dataclass(frozen=True)
 class DeltaCoMe(Stage):
     name: ClassVar[str] = "delta_come"
+    slow: ClassVar[bool] = True
     first: Number = 2
     middle: Number = 32
     last: Number = 968

@@ -24,7 +24,7 @@ from fedtune.wire.packed import pack, unpack
 from fedtune.wire.presets import Wire
 from fedtune.wire.raw import answer_with, pack_answer, pack_ask, require_version, unpack_answer, unpack_ask
 from fedtune.wire.stage import Key
-from fedtune.wire.versions import Held, Versions, received, sent_to
+from fedtune.wire.versions import START, Held, Versions, received, sent_to
 
 PACKED = "fedtune.packed"
 NOTHING_ASKED = Ask("")
@@ -51,12 +51,16 @@ class ServerEnd:
 
     def __init__(self, wire: Wire, strategy: Strategy, start: Payload) -> None:
         self._wire, self._strategy, self._versions = wire, strategy, Versions(start, wire.versions)
-        self._asked: dict[str, tuple[Ask, Ask]] = {}  # of each client the ask that it was sent last: as meant, and as it came
-        self._coming: dict[str, Held] = {}
+        self._start = start
+        self._round: object = None
+        self._asked: dict[tuple[str, str], tuple[Ask, Ask]] = {}  # of this round's asks by id and client: as meant, as it came
+        self._coming: dict[str, tuple[str, Held]] = {}  # what each client builds on, and what it has then
         self._sent: dict[tuple[int, str], _Broadcast] = {}  # of the open ask: by a payload's id, and who has what
 
     def ask(self, ask: Ask, client: str, header: Mapping[str, Any]) -> Envelope:
         """The message for one client. Clients that have the same and are sent the same share its bytes."""
+        if header.get("round") != self._round:  # answers to what was asked before are all folded
+            self._round, self._asked = header.get("round"), {}
         payload = ask.payload_for(client)
         plain = self._wire.down.change.plain or not payload.tensors
         held = Held() if plain else self._versions.of(client)
@@ -65,8 +69,8 @@ class ServerEnd:
             self._sent[shared] = self._plain(ask, client, header) if plain else self._packed(ask, client, header, held)
         sent = self._sent[shared]
         if sent.held is not None:
-            self._coming[client] = sent.held
-        self._asked[client] = Ask(ask.kind, payload, tensors=ask.tensors), Ask(ask.kind, sent.came)
+            self._coming[client] = held.version, sent.held
+        self._asked[str(header["ask"]), client] = Ask(ask.kind, payload, tensors=ask.tensors), Ask(ask.kind, sent.came)
         return sent.envelope
 
     def _plain(self, ask: Ask, client: str, header: Mapping[str, Any]) -> _Broadcast:
@@ -75,18 +79,19 @@ class ServerEnd:
 
     def _packed(self, ask: Ask, client: str, header: Mapping[str, Any], held: Held) -> _Broadcast:
         wire, payload = self._wire, ask.payload_for(client)
-        sent = sent_to(held, payload, wire.down, wire.seed, str(header["ask"]))
+        sent = sent_to(held, payload, wire.down, wire.seed, str(header["ask"]), self._start)
         about = {**header, "kind": ask.kind, "version": WIRE_VERSION, "since": sent.since}
         return _Broadcast(payload, sent.packed.received, _packed(sent.packed.data, about, wire.down.change), sent.held)
 
     def arrived(self, client: str, envelope: Envelope | None) -> bool:
         """What a client's reply tells of what it has; whether it wants everything."""
-        coming = self._coming.pop(client, None)
+        since, held = self._coming.pop(client, (START, None))
         if envelope is None or "failed" in envelope.header:
             self._versions.forget(client)
-        elif coming is not None:
-            self._versions.arrived(client, coming)
-        return envelope is not None and "failed" in envelope.header and envelope.header.get(RESEND) is True
+        elif held is not None:
+            self._versions.arrived(client, held)
+        failed = envelope is not None and "failed" in envelope.header
+        return failed and since != START and envelope is not None and envelope.header.get(RESEND) is True
 
     def settle(self) -> None:
         """All answers to an ask have come; those that did not come are of clients of whom nothing is known."""
@@ -98,7 +103,7 @@ class ServerEnd:
     def answer(self, envelope: Envelope, client: ClientInfo, most: int) -> Answer:
         """Of at most so many numbers. Raises ClientFailed with the client's reason, or MalformedMessage."""
         codec, header = self._wire.up.change, envelope.header
-        meant, came = self._asked.get(client.id, (NOTHING_ASKED, NOTHING_ASKED))
+        meant, came = self._asked.get((str(header.get("ask")), client.id), (NOTHING_ASKED, NOTHING_ASKED))
         if "failed" in header or not envelope.tensors or codec.plain:
             _require_plain(envelope, codec, most)
             answer = unpack_answer(envelope)
@@ -108,7 +113,7 @@ class ServerEnd:
             began, names = self._strategy.began(came, client), len(meant.tensors.get(client.id, ()))
             payload = unpack(_data(envelope, codec), self._wire.up, key, began, most, names)
             answer = answer_with(payload, header)
-        if self._wire.down.change.exact:
+        if self._wire.down.exact:
             return answer
         both = self._strategy.began(came, client), self._strategy.began(meant, client)
         return replace(answer, payload=_moved(answer.payload, *both))

@@ -10,6 +10,7 @@ measured at a model that has moved on. Another run begins with none.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -37,7 +38,7 @@ class Feedback(MutableMapping[str, Tensor]):
         if before["run"] != now["run"] or before["ask"] == now["ask"] or rounds < 0:  # no ask is answered twice
             self.clear()
         elif rounds > 1:
-            self._fade(decay ** (rounds - 1))
+            self._fade(math.prod([decay] * (rounds - 1)))  # a power would be each machine's own
         memory[LAST + kind] = torch.from_numpy(np.frombuffer(json.dumps(now).encode(), np.uint8).copy())
 
     def _fade(self, left: float) -> None:

@@ -40,6 +40,11 @@ class _Integers(Stage):
         return self.rounding == "stochastic"
 
     @property
+    def amplifies(self) -> bool:  # type: ignore[override]
+        """With three levels: on average the largest number of a block is far larger than the others."""
+        return self.most == 1 and self.unbiased
+
+    @property
     def most(self) -> int:
         return int(2 ** (self.bits - 1) - 1)
 

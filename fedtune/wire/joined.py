@@ -21,6 +21,11 @@ class Codecs:
     change: Codec  # of differences
     first: Codec  # of tensors that the receiver has nothing like
 
+    @property
+    def exact(self) -> bool:
+        """Whether all arrives as it was sent."""
+        return self.change.exact and self.first.exact
+
     def of(self, mode: Mode) -> Codec:
         return self.change if mode is Mode.CHANGE else self.first
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedtune.errors import JobError
-from fedtune.wire.codec import codec_from
+from fedtune.wire.codec import Codec, codec_from
 from fedtune.wire.packed import Codecs
 
 if TYPE_CHECKING:
@@ -51,14 +51,26 @@ def wire_of(job: Job, strategy: Strategy) -> Wire:
     given, preset = job.wire, PRESETS[job.wire.preset]
     up = _direction("up", given.up, preset.up, given.first or preset.first, strategy.name, strategy.exact_up)
     down = _direction("down", given.down, preset.down, given.first or preset.first, strategy.name, strategy.exact_down)
-    wanted = {"auto": not up.change.unbiased, "always": True, "never": False}[given.feedback]
-    feedback = wanted and strategy.steady and not up.change.exact
-    return Wire(up, down, feedback, given.decay, given.versions, job.seed)
+    if slow := [stage.name for stage in up.change.stages if stage.slow]:
+        raise JobError(
+            f"wire.up = '{up.change.text}': '{slow[0]}' is for broadcasts; a client could keep the server busy with it"
+        )
+    return Wire(up, down, _feedback(given.feedback, up.change, strategy), given.decay, given.versions, job.seed)
+
+
+def _feedback(wanted: str, codec: Codec, strategy: Strategy) -> bool:
+    if wanted == "always" and codec.amplifies:
+        raise JobError(
+            f"wire.feedback = 'always' with '{codec.text}', which can lose more than an update has: errors would grow without "
+            "end; leave wire.feedback out"
+        )
+    useful = {"auto": not codec.unbiased and not codec.amplifies, "always": True, "never": False}[wanted]
+    return useful and strategy.steady and not codec.exact
 
 
 def _direction(way: str, given: str | None, preset: str, first: str, strategy: str, exact: str) -> Codecs:
     """Of a preset, a method that needs every bit gets every bit; a codec that the job names is refused."""
-    change = codec_from(given or preset)
+    change = codec_from(preset if given is None else given)
     if exact and not change.exact:
         if given:
             raise JobError(
@@ -66,4 +78,4 @@ def _direction(way: str, given: str | None, preset: str, first: str, strategy: s
                 f"--set 'wire.{way}={LOSSLESS}'"
             )
         change = codec_from(LOSSLESS)
-    return Codecs(change, change if exact or change.plain else codec_from(first))
+    return Codecs(change, change if change.exact else codec_from(first))

@@ -26,6 +26,7 @@ MOST = float(np.finfo(np.float32).max)
 class RandK(Stage):
     name: ClassVar[str] = "randk"
     unbiased: ClassVar[bool] = True
+    amplifies: ClassVar[bool] = True
     density: Density = 0.1
 
     def carrier(self, given: Form) -> Form:

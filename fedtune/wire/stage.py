@@ -109,6 +109,8 @@ class Stage(ABC):
     name: ClassVar[str]
     unbiased: ClassVar[bool] = False  # the mean of decode(encode(x)) over all draws is x
     exact: ClassVar[bool] = False  # decode(encode(x)) is x, bit for bit
+    amplifies: ClassVar[bool] = False  # it can lose more than there is: error feedback would grow without end
+    slow: ClassVar[bool] = False  # to decode: what a client must not be able to make the server do
 
     @abstractmethod
     def carrier(self, given: Form) -> Form:

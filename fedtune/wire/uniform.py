@@ -45,6 +45,11 @@ class Uniform(Stage):
     def unbiased(self) -> bool:  # type: ignore[override]
         return self.dither
 
+    @property
+    def amplifies(self) -> bool:  # type: ignore[override]
+        """Dither adds step^2 / 12 of the energy."""
+        return self.dither and self.step**2 >= 12
+
     def carrier(self, given: Form) -> Form:
         return Form((given.count,), Kind.SYMBOLS, -MOST, MOST)
 

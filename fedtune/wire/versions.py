@@ -28,6 +28,7 @@ from fedtune.wire.raw import UNREADABLE, as_it_lies
 from fedtune.wire.schema import Line, Schema, as_text, known_schema
 
 START, LENGTH = "start", 16  # of all other versions
+KEEPS = 4  # times what came last, or the job starts from
 KEPT, ABOUT = "wire.kept.", "wire.about"  # in a client's memory: before the name of a tensor; the version and its schema
 
 
@@ -53,13 +54,13 @@ class Sent:
     held: Held  # what they have once it has come
 
 
-def sent_to(held: Held, payload: Payload, codecs: Codecs, seed: int, ask_id: str) -> Sent:
+def sent_to(held: Held, payload: Payload, codecs: Codecs, seed: int, ask_id: str, start: Payload = NOTHING) -> Sent:
     """`payload` for clients that have `held`."""
     sources = _sources(payload)
     same = {name for name, digest in sources.items() if held.sources.get(name) == digest}
     key = seed_of(seed, ask_id, "down", held.version)
     packed = pack(payload, codecs, key, held.payload, fresh=held.version == START, same=same)
-    after = Held(_next(held.version, packed.data), joined(held.payload, packed.received), {**held.sources, **sources})
+    after = Held(_next(held.version, packed.data), _has(held.payload, packed.received, start), {**held.sources, **sources})
     return Sent(held.version, packed, after)
 
 
@@ -106,7 +107,7 @@ def received(
     """What came; the client has it from now on. Raises Outdated or MalformedMessage."""
     known = kept(memory, since, start)
     payload = unpack(data, codecs, seed_of(seed, ask_id, "down", since), known, most, names)
-    _keep(memory, _next(since, data), joined(known, payload), None if since == START else payload.tensors)
+    _keep(memory, _next(since, data), _has(known, payload, start), None if since == START else payload.tensors)
     return payload
 
 
@@ -135,12 +136,19 @@ def _as_noted(tensor: Tensor, line: Line) -> Tensor:
     return tensor
 
 
+def _has(known: Payload, came: Payload, start: Payload) -> Payload:
+    """What a client has from now on: all that ever came, or the last alone where all has become much more than is ever sent."""
+    both = joined(known, came)
+    whole, last, first = (sum(tensor.numel() for tensor in one.tensors.values()) for one in (both, came, start))
+    return both if whole <= KEEPS * max(last, first) else came
+
+
 def _keep(memory: Memory, version: str, payload: Payload, changed: Collection[str] | None) -> None:
     """`changed` are the tensors that came; None is all, and what was there before goes. While it is under way, nothing is said
     to be there: a client that fails in the middle is sent everything."""
     memory.pop(ABOUT, None)
-    if changed is None:
-        for name in [name for name in memory if name.startswith(KEPT)]:
+    for name in [name for name in memory if name.startswith(KEPT)]:
+        if changed is None or name.removeprefix(KEPT) not in payload.tensors:
             del memory[name]
     for name in payload.tensors if changed is None else changed:
         memory.keep(KEPT + name, payload.tensors[name])
