@@ -39,7 +39,7 @@ from strategies.fedavg import FedAvg
 
 RANK, WIDTH, MODULES = 16, 4096, 64  # an adapter for q and v of 32 layers
 SHAPE = (WIDTH, 2 * RANK * MODULES)  # as many numbers in one array: 8.4 M
-GOALS = {"int8": ">= 0.15", "int4": ">= 0.08", "ternary": ">= 0.08"}
+GOALS = {"int8": ">= 0.15", "int4": ">= 0.08", "ternary": ">= 0.08", "uniform": ">= 0.08"}
 NO_GOAL = ">= 0"
 BEFORE_ENTROPY = {"int8": (), "int4": (), "uniform": ("0.7",)}  # stages, and their settings
 REPEATS = 9
