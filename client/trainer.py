@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, MutableMapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from fedtune.strategy import Answer, Ask
 from fedtune.wire import pack_answer, pack_failure
 from fedtune.wire.ends import ClientEnd, outdated
 from fedtune.wire.presets import Wire
-from fedtune.wire.versions import Outdated
+from fedtune.wire.versions import KEPT, Outdated
 
 WIRE = "wire."  # in a client's memory, before what the wire keeps there
 MODELS = 4  # of which an ask has no more numbers
@@ -130,6 +131,12 @@ class Trainer:
         rank, scale = self.job.rank_of(client), self.job.scale_of(client)
         own = {"examples": len(self.data(client).train), "rank": rank, "scale": scale, "base": self.resident.base}
         return own | {"limits": self.job.limits_of(client)}
+
+    def as_it_came(self, client: str, payload: Payload) -> Payload:
+        """A broadcast as the client has it, who was sent it last: coarser than it was meant, where a codec made it so."""
+        memory = self.memory(client)
+        kept = {name: memory[KEPT + name] for name in payload.tensors if KEPT + name in memory}
+        return replace(payload, tensors={**payload.tensors, **kept})
 
     def _begin(self, client: str) -> None:
         """A new run: of the last one's messages nothing is kept."""

@@ -71,6 +71,6 @@ def write_own_adapters(trainer: Trainer, result: RunResult) -> None:
     """`clients/<client>/adapter` in the run's folder: what each client ends with. On a node it lies with the trainer."""
     last, payload = trainer.job.rounds.count, trainer.strategy.broadcast(result.state)
     for client in trainer.clients:
-        trainer.strategy.use(payload, trainer.local(client, last), trainer.memory(client))
+        trainer.strategy.use(trainer.as_it_came(client, payload), trainer.local(client, last), trainer.memory(client))
         with writing(result.folder):
             trainer.write_own(client, last, result.folder / "clients" / folder_name(client) / "adapter")

@@ -50,6 +50,12 @@ def test_a_hello_says_who_the_client_is(trainer: Trainer, tiny_model: Path) -> N
     assert told == {"ask": "hello", "run": "tiny"} | own
 
 
+def test_a_hello_begins_a_run_which_knows_nothing_of_the_last_one_s_messages(trainer: Trainer) -> None:
+    trainer.memory("bob").update({"wire.error.x": torch.ones(2), "wire.kept.x": torch.ones(2), "c": torch.ones(2)})
+    trainer.answer(pack_ask(Ask("hello"), "", {"ask": "hello", "run": "tiny"}), "bob")
+    assert list(trainer.memory("bob")) == ["c"]
+
+
 def test_training_through_messages_is_training(trainer: Trainer) -> None:
     envelope = trainer.answer(ask(trainer), "bob")
     answer, start = unpack_answer(envelope), blueprint(trainer.job).adapter

@@ -299,3 +299,33 @@ def test_all_who_are_asked_draw_the_same_rotation_and_positions_and_dither_of_th
     assert np.array_equal(Rotate().encode(x, one)[0], Rotate().encode(x, other)[0])
     assert np.array_equal(RandK(0.25).encode(x, one)[0], RandK(0.25).encode(x, other)[0])
     assert not np.array_equal(Int8().encode(x, one)[0], Int8().encode(x, other)[0])
+
+
+def test_an_answer_is_read_by_the_ask_that_it_answers_whenever_it_is_read() -> None:
+    """Folds are lazy: the next ask of the round may have gone out."""
+    run = Run(wire())
+    asks = {step: Ask("train", near(START, step)) for step in (0, 1)}
+    trained, answers = {}, {}
+    for step, ask in asks.items():
+        about = {**header(1), "ask": f"1.{step}"}
+        came = run.ends["ann"].ask(carried(run.server.ask(ask, "ann", about)))
+        trained[step] = near(ask.payload, 5)
+        answers[step] = carried(run.ends["ann"].answer(Answer(trained[step]), came, ClientInfo("ann", 2, 4), about))
+        run.server.arrived("ann", answers[step])
+        run.server.settle()
+    for step in (1, 0, 1):
+        assert far(run.read(answers[step]).payload, trained[step]) < 0.05
+
+
+def test_a_client_s_word_for_what_it_lacks_counts_only_where_the_ask_built_on_something() -> None:
+    run = Run(wire())
+    run.down(Ask("train", near(START)), 1)  # builds on what the job starts from
+    assert not run.server.arrived("ann", carried(outdated(pack_failure("no", header(1)))))
+
+
+def test_the_server_keeps_no_more_than_a_round_s_asks() -> None:
+    run = Run(wire())
+    for round in (1, 2, 3):
+        run.down(Ask("train", near(START, round)), round)
+        run.server.settle()
+    assert len(run.server._asked) == 1

@@ -81,3 +81,30 @@ def test_what_is_no_codec_is_refused_with_the_job(keys: list[str], message: str,
 
 def test_lossless_is() -> None:
     assert codec_from(LOSSLESS).exact
+
+
+@pytest.mark.parametrize("up", ["'randk(0.1) | uniform(0.7)'", "'int2 | entropy'", "'uniform(4, dither=true)'"])
+def test_no_feedback_where_a_codec_can_lose_more_than_an_update_has(up: str, make_job: MakeJob) -> None:
+    """|x - C(x)| > |x| on average: what waits would grow by that from round to round."""
+    assert not make_job(f"wire.up={up}").make_wire().feedback
+    with pytest.raises(JobError, match="errors would grow without end"):
+        make_job(f"wire.up={up}", "wire.feedback=always")
+
+
+def test_what_takes_long_to_decode_comes_down_only(make_job: MakeJob) -> None:
+    assert make_job("wire.down='delta_come | entropy'").make_wire().down.change.stages[0].name == "delta_come"
+    with pytest.raises(JobError, match="'delta_come' is for broadcasts"):
+        make_job("wire.up='delta_come | entropy'")
+
+
+def test_where_differences_lose_nothing_first_tensors_lose_nothing_either(make_job: MakeJob) -> None:
+    wire = make_job("wire.preset=balanced", "wire.down='fp32 | entropy'").make_wire()
+    assert wire.down.exact
+    assert not wire.up.exact
+
+
+def test_a_word_sets_the_preset_and_leaves_the_rest_of_the_table(make_job: MakeJob) -> None:
+    wire = make_job("wire.up=int8", "wire=tiny").make_wire()
+    assert (wire.up.change.text, wire.down.change.text) == ("int8", PRESETS["tiny"].down)
+    with pytest.raises(JobError, match="codec ''"):
+        make_job("wire.up=''")
