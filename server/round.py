@@ -131,24 +131,27 @@ class Round:
     def _replies(self, clients: Sequence[str], ask: Ask, ask_id: str) -> Iterator[tuple[str, Envelope]]:
         """Clients whose version of the broadcast is not the one that was taken for theirs are asked again, with everything."""
         wire, outdated = self._federation.wire, []
-        for client, envelope in self._exchanged(clients, ask, ask_id):
+        timeout, began = self._federation.job.rounds.timeout, time.monotonic()
+        for client, envelope in self._exchanged(self._packed(clients, ask, ask_id), ask.kind, timeout):
             if wire.arrived(client, envelope):
                 outdated.append(client)
             elif envelope is not None:
                 yield client, envelope
-        for client, envelope in self._exchanged(outdated, ask, ask_id) if outdated else ():
+        again = self._packed(outdated, ask, ask_id, again=True)
+        left = max(timeout - (time.monotonic() - began), 0.0)
+        for client, envelope in self._exchanged(again, ask.kind, left) if outdated else ():
             wire.arrived(client, envelope)
             if envelope is not None:
                 yield client, envelope
         wire.settle()
 
-    def _exchanged(self, clients: Sequence[str], ask: Ask, ask_id: str) -> Iterator[tuple[str, Envelope | None]]:
+    def _exchanged(self, asks: Mapping[str, Envelope], kind: str, timeout: float) -> Iterator[tuple[str, Envelope | None]]:
         federation = self._federation
-        asks = self._packed(clients, ask, ask_id)
-        names = {federation.nodes[client]: client for client in clients}
-        federation.watcher.doing(ask.kind, 0, len(clients))
-        for done, reply in enumerate(exchange(federation.grid, asks, federation.job.rounds.timeout), 1):
-            federation.watcher.doing(ask.kind, done, len(clients))
+        names = {federation.nodes[client]: client for client in asks}
+        federation.watcher.doing(kind, 0, len(asks))
+        by_node = {federation.nodes[client]: envelope for client, envelope in asks.items()}
+        for done, reply in enumerate(exchange(federation.grid, by_node, timeout), 1):
+            federation.watcher.doing(kind, done, len(asks))
             client = names[reply.node]
             if reply.envelope is None:
                 self.tally.failed(client, reply.failed)
@@ -156,14 +159,14 @@ class Round:
                 self.tally.came(client, reply.envelope)
             yield client, reply.envelope
 
-    def _packed(self, clients: Sequence[str], ask: Ask, ask_id: str) -> dict[int, Envelope]:
-        """By node."""
+    def _packed(self, clients: Sequence[str], ask: Ask, ask_id: str, again: bool = False) -> dict[str, Envelope]:
+        """By client. What is sent again would not have been, without codecs: it counts as no larger than it is."""
         federation = self._federation
         header = {"ask": ask_id, "run": federation.job.name, "round": self.number, "base": federation.plan.adapter.base}
         asks = {client: federation.wire.ask(ask, client, header) for client in clients}
         for client, envelope in asks.items():
-            self.tally.sent(client, envelope, ask.payload_for(client))
-        return {federation.nodes[client]: envelope for client, envelope in asks.items()}
+            self.tally.sent(client, envelope, None if again else ask.payload_for(client))
+        return asks
 
     def _require_quorum(self, answered: int, asked: int) -> None:
         wanted = max(1, math.ceil(self._federation.job.rounds.quorum * asked))

@@ -20,8 +20,8 @@ class Tally:
         self.clients = {client: ClientRecord() for client in sorted(clients)}
         self.evaluated: dict[str, Mapping[str, float]] = {}
 
-    def sent(self, client: str, envelope: Envelope, payload: Payload) -> None:
-        """`payload` is what it says."""
+    def sent(self, client: str, envelope: Envelope, payload: Payload | None) -> None:
+        """`payload` is what it says; without it, plain it would be as large as it is."""
         self._add(client, _down(cost_of(envelope, payload)))
 
     def came(self, client: str, envelope: Envelope) -> None:

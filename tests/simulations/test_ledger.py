@@ -44,12 +44,13 @@ class Forgetful(Quiet):
 
 
 def test_a_broadcast_that_is_sent_again_counts_again(make_job: MakeJob, tmp_path: Path) -> None:
-    """Round 2 asks ann to train, in vain; once more, with everything; and to evaluate: three broadcasts, where bob has two."""
+    """Round 2 asks ann to train, in vain; once more, with everything; and to evaluate: three broadcasts, where bob has two. Plain
+    there would have been two: what is sent again counts as no larger than it is."""
     trainer = Trainer.for_simulation(make_job("wire.preset=balanced", "clients.names=['ann', 'bob']"))
     _, first, second = run_simulation(trainer, tmp_path / "run", Forgetful(trainer, "ann")).records
     ann, bob = second.clients["ann"], second.clients["bob"]
     assert first.clients["ann"].plain_down == first.clients["bob"].plain_down == bob.plain_down
-    assert ann.plain_down == pytest.approx(1.5 * bob.plain_down, rel=0.01)
+    assert bob.plain_down < ann.plain_down < bob.plain_down + ann.bytes_down
     assert ann.failed is None
     assert ann.bytes_down > bob.bytes_down
     assert ann.bytes_up > bob.bytes_up + 100  # and a failure that says so
