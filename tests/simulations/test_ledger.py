@@ -44,8 +44,8 @@ class Forgetful(Quiet):
 
 
 def test_a_broadcast_that_is_sent_again_counts_again(make_job: MakeJob, tmp_path: Path) -> None:
-    """Round 2 asks ann to train, in vain; once more, with everything; and to evaluate: three broadcasts, where bob has two. Plain
-    there would have been two: what is sent again counts as no larger than it is."""
+    """Round 2 asks ann to train, in vain; once more, with everything; and to evaluate: three broadcasts, where bob has two, and
+    where plain there would have been two: what is sent again counts as no larger than it is."""
     trainer = Trainer.for_simulation(make_job("wire.preset=balanced", "clients.names=['ann', 'bob']"))
     _, first, second = run_simulation(trainer, tmp_path / "run", Forgetful(trainer, "ann")).records
     ann, bob = second.clients["ann"], second.clients["bob"]
