@@ -68,6 +68,7 @@ def weighted_mean(answers: Iterable[tuple[str, float, Answer]], roles: Collectio
                 sums[name] = _added(sums.get(name), tensor, share, f"'{name}' of client '{client}'")
         for name, value in answer.payload.scalars.items():
             scalars[name] = scalars.get(name, 0.0) + share * value
+        del answer  # before the next one is read: one at a time is in memory
     means = {}
     for name, share in sent.items():
         if share > 0:

@@ -31,11 +31,13 @@ class Stack:
         self._coder = Coder(words)
 
     @classmethod
-    def opened(cls, data: bytes) -> Stack:
+    def opened(cls, data: bytes | memoryview) -> Stack:
         """Raises MalformedMessage."""
-        if data[-1:] in (b"", b"\0"):
+        if not data or not data[-1]:
             raise MalformedMessage("a stream is damaged: it ends in nothing, or in a byte 0")
-        return cls(np.frombuffer(data + bytes(-len(data) % 4), "<u4").astype(np.uint32))
+        words = np.zeros(-(-len(data) // 4), "<u4")
+        words.view(np.uint8)[: len(data)] = np.frombuffer(data, np.uint8)
+        return cls(words.astype(np.uint32, copy=False))
 
     def sealed(self) -> bytes:
         """Without the zeros at the end."""

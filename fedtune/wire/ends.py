@@ -161,13 +161,13 @@ class ClientEnd:
 
 
 def _moved(payload: Payload, came: Payload, meant: Payload) -> Payload:
-    """What began at `came`, as if it had begun at `meant`."""
+    """What began at `came`, as if it had begun at `meant`; in the memory of its tensors, which nobody else has."""
 
     def one(name: str, tensor: Tensor) -> Tensor:
         one, other = came.tensors.get(name), meant.tensors.get(name)
         alike = one is not None and other is not None and one.shape == other.shape == tensor.shape
         codable = alike and payload.roles[name] is not Role.VECTOR and tensor.dtype.is_floating_point
-        return tensor + (other - one).to(tensor.dtype) if codable and one is not None and other is not None else tensor
+        return tensor.add_((other - one).to(tensor.dtype)) if codable and one is not None and other is not None else tensor
 
     return replace(payload, tensors={name: one(name, tensor) for name, tensor in payload.tensors.items()})
 

@@ -29,7 +29,7 @@ def coded(values: Array, form: Form) -> bytes:
     return bytes([TOKENS + tokens.mantissa]) + tokens.written(values, form)
 
 
-def decoded(data: bytes, form: Form) -> Array:
+def decoded(data: bytes | memoryview, form: Form) -> Array:
     """Raises MalformedMessage."""
     if not form.count and not data:
         return np.empty(0, form.dtype)
@@ -38,4 +38,6 @@ def decoded(data: bytes, form: Form) -> Array:
         return read_tokens(data[1:], form, way - TOKENS)
     if way == PLANES and form.count and fits(form):
         return read_planes(data[1:], form)
-    raise MalformedMessage(f"a stream of {form.count} {form.kind} came in {len(data)} bytes that begin with {data[:1]!r}")
+    raise MalformedMessage(
+        f"a stream of {form.count} {form.kind} came in {len(data)} bytes that begin with {bytes(data[:1])!r}"
+    )

@@ -51,7 +51,7 @@ class Joined:
         values = np.concatenate([streams[tensor][self.name] for tensor, _ in self.parts], dtype=form.dtype, casting="unsafe")
         return written(values, form, self.entropy)
 
-    def read(self, data: bytes) -> Iterator[tuple[str, Array]]:
+    def read(self, data: bytes | memoryview) -> Iterator[tuple[str, Array]]:
         """The part of each tensor, in its own range. Raises MalformedMessage."""
         values, start = read(data, self.form, self.entropy), 0
         for tensor, form in self.parts:

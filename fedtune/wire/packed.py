@@ -80,7 +80,7 @@ def unpack(data: bytes, codecs: Codecs, key: Key, known: Payload = NOTHING, most
     rest.require_empty()
     streams: dict[str, dict[str, Array]] = {line.name: {} for line in schema.lines}
     for stream, coded in rows:
-        for name, values in stream.read(bytes(coded)):
+        for name, values in stream.read(coded):
             streams[name][stream.name] = values
     tensors = {}
     for line in schema.lines:

@@ -58,7 +58,7 @@ def fits(form: Form) -> bool:
     return form.kind is Kind.WORDS and form.low == 0 and form.high in (2**16 - 1, 2**32 - 1)
 
 
-def read_planes(data: bytes, form: Form) -> Array:
+def read_planes(data: bytes | memoryview, form: Form) -> Array:
     """Raises MalformedMessage."""
     width = form.dtype.itemsize
     mask = data[0] if data else 2**width

@@ -22,7 +22,7 @@ def written(values: Array, form: Form, coded: bool) -> bytes:
     return data if len(data) <= packed_size(form) else PLAIN + packed(values, form)
 
 
-def read(data: bytes, form: Form, coded: bool) -> Array:
+def read(data: bytes | memoryview, form: Form, coded: bool) -> Array:
     """Raises MalformedMessage unless the bytes are exactly such a stream, every entry in its range."""
     if not coded:
         return unpacked(data, form)
@@ -40,7 +40,7 @@ def packed(values: Array, form: Form) -> bytes:
     return b"".join(rows)[: packed_size(form)]
 
 
-def unpacked(data: bytes, form: Form) -> Array:
+def unpacked(data: bytes | memoryview, form: Form) -> Array:
     """Raises MalformedMessage."""
     if len(data) != packed_size(form):
         raise MalformedMessage(f"{form.count} numbers of {form.bits} bits need {packed_size(form)} bytes, {len(data)} came")
@@ -71,13 +71,13 @@ def _packed(offset: Array, bits: int) -> bytes:
     return rows.tobytes()
 
 
-def _unpacked(data: bytes, bits: int) -> Array:
+def _unpacked(data: bytes | memoryview, bits: int) -> Array:
     """uint32, with some zeros behind the last entry."""
     if bits in (8, 16, 32):
         return np.frombuffer(data, f"<u{bits // 8}").astype(np.uint32)
     if bits == 1:
         return np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little").astype(np.uint32)
-    rows = np.frombuffer(data + bytes(-len(data) % bits), np.uint8).reshape(-1, bits)
+    rows = np.frombuffer(bytes(data) + bytes(-len(data) % bits), np.uint8).reshape(-1, bits)
     eights = np.empty((len(rows), 8), np.uint32)
     for place, first, last, shift in _places(bits):
         moved = np.zeros((len(rows), 8), np.uint8)

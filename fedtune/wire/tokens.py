@@ -62,7 +62,7 @@ class Tokens:
         return stack.sealed()
 
 
-def read_tokens(data: bytes, form: Form, mantissa: int) -> Array:
+def read_tokens(data: bytes | memoryview, form: Form, mantissa: int) -> Array:
     """Raises MalformedMessage."""
     if not (mantissa == NARROW if _narrow(form) else 0 <= mantissa <= FINE):
         raise MalformedMessage(f"a stream came with tokens of {mantissa} bits")
