@@ -140,11 +140,14 @@ class Trainer:
 
     def _begin(self, client: str) -> None:
         """A new run: of the last one's messages nothing is kept."""
+        directory = self._directory
+        if client not in self._memory and not (directory and self._memory_file(directory, client).exists()):
+            return  # nothing is written before the run's folder is known to be free
         memory = self.memory(client)
         for name in [name for name in memory if name.startswith(WIRE)]:
             del memory[name]
-        if self._directory:
-            memory.save(self._memory_file(self._directory, client))
+        if directory:
+            memory.save(self._memory_file(directory, client))
 
     def _answered(self, envelope: Envelope, client: str, header: dict[str, Any]) -> Envelope:
         began = time.perf_counter()

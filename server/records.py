@@ -19,7 +19,7 @@ class ClientRecord:
     seconds: float = 0.0  # of work, as the client measured it
     examples: float = 0.0  # trained on in this round
     train_loss: float | None = None  # mean over its local steps
-    loss: float | None = None  # of the published adapter on its held-out examples, nats per token
+    loss: float | None = None  # of the published adapter, as it came, on its held-out examples; nats per token
     failed: str | None = None  # the reason, where it did not answer or was refused
     header_down: int = 0  # of these bytes: all that is no tensor
     header_up: int = 0

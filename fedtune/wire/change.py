@@ -33,7 +33,7 @@ def is_far(tensor: Tensor, base: Tensor) -> bool:
     x, b = as_float32(tensor).reshape(-1), as_float32(base).reshape(-1)
     change = size = 0.0
     with np.errstate(over="ignore", invalid="ignore"):
-        for piece in slices(x.size):  # one after the other and in float64: the same on every machine
+        for piece in slices(x.size):  # float64 sums of pieces: no machine sees another order but within one
             change += float(np.square(x[piece] - b[piece], dtype=np.float64).sum())
             size += float(np.square(x[piece], dtype=np.float64).sum())
     return change > size
