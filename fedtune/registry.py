@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedtune.errors import StrategyError, nearest
+from fedtune.errors import StrategyError, UserError, nearest
 from fedtune.strategy import Strategy
 
 GROUP = "fedtune.strategies"
@@ -52,20 +52,30 @@ def register(cls: Class) -> Class:
 
     Raises StrategyError where its name belongs to another method.
     """
-    name = getattr(cls, "name", None)
-    if not isinstance(name, str):
-        raise StrategyError(f"{cls.__name__} has no name to register: add `name: ClassVar[str] = ...`")
-    if name in known() and name not in REGISTERED:
-        raise StrategyError(f"the name '{name}' belongs to {known()[name]}; give {cls.__name__} another")
-    REGISTERED[name] = cls
+    enter(cls, known(), REGISTERED, StrategyError)
     return cls
 
 
 def known() -> dict[str, str]:
     """Every name that a job may use, with the `module:Class` behind it."""
-    installed = {point.name: point.value for point in entry_points(group=GROUP)}
-    here = {name: f"{cls.__module__}:{cls.__qualname__}" for name, cls in REGISTERED.items()}
-    return dict(sorted({**installed, **here, **BUILT_IN}.items()))
+    return all_names(GROUP, REGISTERED, BUILT_IN)
+
+
+def enter(cls: type, names: Mapping[str, str], registered: dict[str, Any], wrong: type[UserError]) -> None:
+    """Into what this process has registered, under its own name. Raises `wrong` where it has none, or another's."""
+    name = getattr(cls, "name", None)
+    if not isinstance(name, str):
+        raise wrong(f"{cls.__name__} has no name to register: add `name: ClassVar[str] = ...`")
+    if name in names and name not in registered:
+        raise wrong(f"the name '{name}' belongs to {names[name]}; give {cls.__name__} another")
+    registered[name] = cls
+
+
+def all_names(group: str, registered: Mapping[str, type], built_in: Mapping[str, str]) -> dict[str, str]:
+    """Of installed packages, of this process, and the built-in ones, which nobody replaces."""
+    installed = {point.name: point.value for point in entry_points(group=group)}
+    here = {name: f"{cls.__module__}:{cls.__qualname__}" for name, cls in registered.items()}
+    return dict(sorted({**installed, **here, **built_in}.items()))
 
 
 def able(capability: str) -> list[str]:
@@ -118,16 +128,14 @@ def strategy_from(name: str, settings: Mapping[str, Any]) -> Strategy:
         raise StrategyError(f"strategy '{name}', setting '{where}': {first['msg']}, given {first['input']!r}") from error
 
 
-def module_of(reference: str, name: str) -> ModuleType:
-    """What stands before the colon of `package.module:Class` or `file.py:Class`. Raises StrategyError, which says `name`."""
+def module_of(reference: str, name: str, what: str = "strategy", wrong: type[UserError] = StrategyError) -> ModuleType:
+    """What stands before the colon of `package.module:Class` or `file.py:Class`. Raises `wrong`, which says `name`."""
     is_file = reference.endswith(".py") or "/" in reference
     try:
         return _module_of_file(Path(reference)) if is_file else importlib.import_module(reference)
     except Exception as error:  # a plug-in can raise anything while it is imported
         reason = str(error) if isinstance(error, (ImportError, OSError)) else f"{type(error).__name__}: {error}"
-        raise StrategyError(
-            f"strategy '{name}' cannot be loaded: {reason}; wanted 'file.py:Class' or 'package.module:Class'"
-        ) from error
+        raise wrong(f"{what} '{name}' cannot be loaded: {reason}; wanted 'file.py:Class' or 'package.module:Class'") from error
 
 
 def _module_of_file(path: Path) -> ModuleType:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedtune.errors import JobError, StrategyError, nearest
-from fedtune.registry import module_of
+from fedtune.errors import JobError, nearest
+from fedtune.registry import all_names, enter, module_of
 from fedtune.wire.stage import Stage
 
 GROUP = "fedtune.stages"
@@ -39,20 +38,13 @@ Class = TypeVar("Class", bound=type[Stage])
 
 def register(cls: Class) -> Class:
     """Let codecs of this process name a class that lies in no file: `@register` above it. Raises JobError."""
-    name = getattr(cls, "name", None)
-    if not isinstance(name, str):
-        raise JobError(f"{cls.__name__} has no name to register: add `name: ClassVar[str] = ...`")
-    if name in known() and name not in REGISTERED:
-        raise JobError(f"the name '{name}' belongs to {known()[name]}; give {cls.__name__} another")
-    REGISTERED[name] = cls
+    enter(cls, known(), REGISTERED, JobError)
     return cls
 
 
 def known() -> dict[str, str]:
     """Every name that a codec may use, with the `module:Class` behind it."""
-    installed = {point.name: point.value for point in entry_points(group=GROUP)}
-    here = {name: f"{cls.__module__}:{cls.__qualname__}" for name, cls in REGISTERED.items()}
-    return dict(sorted({**installed, **here, **BUILT_IN}.items()))
+    return all_names(GROUP, REGISTERED, BUILT_IN)
 
 
 def stage_class(name: str) -> type[Stage]:
@@ -64,10 +56,7 @@ def stage_class(name: str) -> type[Stage]:
         raise JobError(
             f"unknown stage '{name}'{nearest(name, known())}; known are {', '.join(known())}, entropy, or 'file.py:Class'"
         )
-    try:
-        found = getattr(module_of(module, name), attribute, None)
-    except StrategyError as error:
-        raise JobError(str(error).replace("strategy", "stage", 1)) from error
+    found = getattr(module_of(module, name, "stage", JobError), attribute, None)
     if not (isinstance(found, type) and issubclass(found, Stage)):
         raise JobError(f"'{name}' was given, but '{attribute}' in it is no subclass of fedtune.wire.stage.Stage")
     return found
