@@ -51,9 +51,9 @@ def wire_of(job: Job, strategy: Strategy) -> Wire:
     given, preset = job.wire, PRESETS[job.wire.preset]
     up = _direction("up", given.up, preset.up, given.first or preset.first, strategy.name, strategy.exact_up)
     down = _direction("down", given.down, preset.down, given.first or preset.first, strategy.name, strategy.exact_down)
-    if slow := [stage.name for stage in up.change.stages if stage.slow]:
+    if slow := [stage.name for codec in (up.change, up.first) for stage in codec.stages if stage.slow]:
         raise JobError(
-            f"wire.up = '{up.change.text}': '{slow[0]}' is for broadcasts; a client could keep the server busy with it"
+            f"'{slow[0]}' is for wire.down: up, a client could keep the server busy with it; so not in wire.first either"
         )
     return Wire(up, down, _feedback(given.feedback, up.change, strategy), given.decay, given.versions, job.seed)
 

@@ -93,8 +93,9 @@ def test_no_feedback_where_a_codec_can_lose_more_than_an_update_has(up: str, mak
 
 def test_what_takes_long_to_decode_comes_down_only(make_job: MakeJob) -> None:
     assert make_job("wire.down='delta_come | entropy'").make_wire().down.change.stages[0].name == "delta_come"
-    with pytest.raises(JobError, match="'delta_come' is for broadcasts"):
-        make_job("wire.up='delta_come | entropy'")
+    for key in ("up", "first"):  # clients send both
+        with pytest.raises(JobError, match=r"'delta_come' is for wire.down"):
+            make_job("wire.preset=balanced", f"wire.{key}='delta_come | entropy'")
 
 
 def test_where_differences_lose_nothing_first_tensors_lose_nothing_either(make_job: MakeJob) -> None:
