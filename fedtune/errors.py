@@ -6,10 +6,12 @@
     │   ├── DataError         a data file: missing, empty, malformed, without the needed column
     │   ├── ModelError        the base model: missing, without tokenizer, targets that match nothing
     │   ├── StrategyError     an unknown strategy, settings or clients that it cannot work with
-    │   └── RunFolderError    the output folder: already holds a run, disk full
+    │   ├── RunFolderError    the output folder: already holds a run, disk full
+    │   └── KeysError         keys, certificates, the bundle of a client: missing, expired, open to others
     ├── MalformedMessage      bytes that are no message of ours
     ├── Refused               the gate let an answer not in; the round goes on without it
     ├── ClientFailed          a client could not answer, with its own reason; the round goes on without it
+    │   └── Forbidden         the client's own policy forbids it
     └── RoundFailed           too few answers to go on: the run ends with exit code 1
 
 A message says what was given, what was wanted and what to type.
@@ -49,6 +51,10 @@ class RunFolderError(UserError):
     """The run folder cannot be written."""
 
 
+class KeysError(UserError):
+    """Keys or certificates are missing, expired, revoked, or not kept as they must be."""
+
+
 class MalformedMessage(FedtuneError):
     """Bytes arrived that are not a message of ours."""
 
@@ -59,6 +65,10 @@ class Refused(FedtuneError):
 
 class ClientFailed(FedtuneError):
     """A client could not answer; the message is its reason."""
+
+
+class Forbidden(ClientFailed):
+    """The policy of a client forbids it; the message begins with the rule's name."""
 
 
 class RoundFailed(FedtuneError):

@@ -1,0 +1,66 @@
+"""What a long-lived command says of itself: `state.json` in its folder, which `fedtune status`, `stop` and `doctor` read.
+
+The folder of a server or client:  state.json   logs/<process>.log   home/ (Flower's)   and what each keeps beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from fedtune.errors import UserError
+
+Phase = Literal["starting", "waiting", "running", "finished", "failed", "stopped"]
+OVER: tuple[Phase, ...] = ("finished", "failed", "stopped")
+
+
+@dataclass(frozen=True)
+class State:
+    role: Literal["server", "client"]
+    pid: int = field(default_factory=os.getpid)
+    started: float = field(default_factory=time.time)  # seconds since the epoch
+    phase: Phase = "starting"
+    why: str = ""  # it failed, or waits, in one line
+    address: str = ""  # where the server listens, or which server the client goes to
+    name: str = ""  # of the client
+    run: Mapping[str, Any] = field(default_factory=dict)  # name, folder, flower (id), round, rounds
+    clients: Mapping[str, str] = field(default_factory=dict)  # name -> connected, missing, revoked
+    processes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> pid (None: down), restarts
+    guards: Mapping[str, str] = field(default_factory=dict)  # of a client's trainer: name -> on, or why not
+
+    def but(self, **changes: Any) -> State:
+        return replace(self, **changes)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process that wrote this still runs; another that was given its number later started later."""
+        try:
+            return self.phase not in OVER and psutil.Process(self.pid).create_time() <= self.started + 1
+        except psutil.Error:
+            return False
+
+    def write(self, folder: Path) -> None:
+        """Atomic: who reads sees the old one or the new one."""
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / ".state.json.writing"
+        temporary.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        os.replace(temporary, folder / "state.json")
+
+    @classmethod
+    def read(cls, folder: Path) -> State:
+        """Raises UserError where nothing was started."""
+        try:
+            return cls(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        except FileNotFoundError as error:
+            raise UserError(
+                f"nothing of fedtune runs in {folder}; wanted the --dir of a `fedtune server` or `fedtune client`"
+            ) from error
+        except (ValueError, TypeError, OSError) as error:
+            raise UserError(f"{folder / 'state.json'} cannot be read: {error}") from error

@@ -1,0 +1,1 @@
+"""Who is who, and what only they can read: keys, certificates, signed asks, sealed answers."""
