@@ -1,0 +1,115 @@
+"""The keys of a coordinator: one folder that `fedtune keys init` makes and that never leaves its machine.
+
+ca.key ca.pem   server.key server.pem   signing.key sealing.key   coordinator.toml   clients/   bundles/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from fedtune.errors import KeysError
+from fedtune.security.addresses import address as parsed
+from fedtune.security.certificates import SERVER_DAYS, Issued, belongs, make_authority, make_server_certificate
+from fedtune.security.keyfiles import (
+    load_sealing_key,
+    load_signing_key,
+    load_tls_key,
+    make_folder,
+    public_text,
+    read_public,
+    read_table,
+    save_pem,
+    write_public,
+    write_table,
+)
+from fedtune.security.registry import Registry
+
+PARTS = ("ca.key", "ca.pem", "server.key", "server.pem", "signing.key", "sealing.key", "coordinator.toml")
+
+
+@dataclass(frozen=True)
+class CoordinatorKeys:
+    folder: Path
+    signing: Ed25519PrivateKey
+    sealing: X25519PrivateKey
+    address: str  # host:port, where clients find the server
+
+    @classmethod
+    def init(cls, folder: Path, names: Iterable[str], address: str, days: int = SERVER_DAYS) -> CoordinatorKeys:
+        """New keys in a folder that has none; everything is checked before the first file is written."""
+        there = [part for part in PARTS if (folder / part).exists()]
+        if there:
+            raise KeysError(
+                f"{folder} holds keys already ({', '.join(there)}), which every bundle depends on; nothing was changed. "
+                "`fedtune keys rotate` renews them, `--keys` names another folder"
+            )
+        place, authority = parsed(address), make_authority()
+        server = make_server_certificate(authority, [place.host, *names], days)
+        keys = cls(folder, Ed25519PrivateKey.generate(), X25519PrivateKey.generate(), str(place))
+        try:
+            make_folder(folder)
+            keys._save_certificate("ca", authority)
+            keys._save_certificate("server", server)
+            keys._save_signing()
+        except OSError as error:
+            for part in PARTS:
+                (folder / part).unlink(missing_ok=True)
+            raise KeysError(f"{folder} cannot be written: {error.strerror}; name another folder with --keys") from error
+        return keys
+
+    @classmethod
+    def load(cls, folder: Path) -> CoordinatorKeys:
+        """Every private file is checked, and that the halves belong together. `ca.key` may be kept elsewhere."""
+        if not (folder / "coordinator.toml").is_file():
+            raise KeysError(f"no keys in {folder}; wanted the folder that `fedtune keys init` made, named with --keys")
+        public = read_table(folder / "coordinator.toml", ("verify", "seal", "address"))
+        signing, sealing = (
+            load_signing_key(folder / "signing.key"),
+            load_sealing_key(folder / "sealing.key"),
+        )
+        if (public["verify"], public["seal"]) != (public_text(signing.public_key()), public_text(sealing.public_key())):
+            raise KeysError(
+                f"signing.key or sealing.key in {folder} is not that of coordinator.toml; type `fedtune keys rotate signing`"
+            )
+        if not belongs(read_public(folder / "server.pem"), load_tls_key(folder / "server.key")):
+            raise KeysError(f"server.key in {folder} does not belong to server.pem; type `fedtune keys rotate server`")
+        return cls(folder, signing, sealing, public["address"])
+
+    @property
+    def registry(self) -> Registry:
+        return Registry(self.folder / "clients")
+
+    @property
+    def verify(self) -> str:
+        return public_text(self.signing.public_key())
+
+    @property
+    def seal(self) -> str:
+        return public_text(self.sealing.public_key())
+
+    def tls(self) -> tuple[Path, Path, Path]:
+        """The files of authority, certificate and its private key, in the order of `flower-superlink`'s options."""
+        return self.folder / "ca.pem", self.folder / "server.pem", self.folder / "server.key"
+
+    def bundle(self, name: str) -> Path:
+        return self.folder / "bundles" / name
+
+    def _save_certificate(self, name: str, issued: Issued) -> None:
+        save_pem(self.folder / f"{name}.key", issued.key)
+        write_public(self.folder / f"{name}.pem", issued.pem)
+
+    def _save_signing(self) -> None:
+        save_pem(self.folder / "signing.key", self.signing)
+        save_pem(self.folder / "sealing.key", self.sealing)
+        self._save_public()
+
+    def _save_public(self) -> None:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        table = {"verify": self.verify, "seal": self.seal, "address": self.address, "created": now}
+        write_table(self.folder / "coordinator.toml", table)
