@@ -24,7 +24,7 @@ OPTIONS = (
 # Seconds to wait for a trainer that may be on its way up.
 PATIENCE = 10.0
 # The parts of an ask that would only make its answer larger.
-ONLY_IN_ASKS = ("job", "roles", "scalars")
+ONLY_IN_ASKS = ("job", "roles", "scalars", "stamp", "signature")
 
 
 def to_proto(envelope: Envelope) -> trainer_pb2.Envelope:

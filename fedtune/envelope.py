@@ -6,9 +6,11 @@ It needs neither torch nor flwr, so the relay can carry it without knowing what 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
+
+from fedtune.errors import MalformedMessage
 
 WIRE_VERSION = 1
 
@@ -40,3 +42,32 @@ class Envelope:
     def size(self) -> int:
         """Bytes that this message costs: tensors and header, without what the transport adds."""
         return self.header_size() + sum(len(tensor.data) for tensor in self.tensors)
+
+    def pieces(self) -> Iterator[bytes]:
+        """As one row of bytes: a line of JSON, and the tensors' data behind it."""
+        tensors = [
+            {"name": t.name, "dtype": t.dtype, "shape": t.shape, "stype": t.stype, "size": len(t.data)} for t in self.tensors
+        ]
+        yield json.dumps({"header": dict(self.header), "tensors": tensors}, separators=(",", ":")).encode() + b"\n"
+        for tensor in self.tensors:
+            yield tensor.data
+
+    @classmethod
+    def read(cls, file: BinaryIO) -> Envelope:
+        """What `pieces` wrote. Raises MalformedMessage."""
+        try:
+            stored = json.loads(file.readline())
+            tensors = tuple(
+                WireTensor(t["name"], t["dtype"], tuple(t["shape"]), t["stype"], _exactly(file, t["size"]))
+                for t in stored["tensors"]
+            )
+            return cls(dict(stored["header"]), tensors)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise MalformedMessage(f"bytes that are no envelope: {error}") from error
+
+
+def _exactly(file: BinaryIO, size: int) -> bytes:
+    """Raises ValueError where so many are not there."""
+    if len(data := file.read(size)) != size or size < 0:
+        raise ValueError(f"{len(data)} bytes of a tensor, wanted {size}")
+    return data

@@ -19,6 +19,7 @@ from fedtune.seeds import seed_of
 from fedtune.strategy import ClientInfo, ServerState, Strategy
 from fedtune.wire.ends import ServerEnd
 from server.meeting import meet
+from server.post import OPEN, Post
 from server.records import RoundRecord, Watcher
 from server.round import Federation, Round
 from server.run_folder import RunFolder, require_free
@@ -52,7 +53,7 @@ class RunResult:
         return self.folder / "model"
 
 
-def run_job(job: Job, grid: Grid, folder: Path, watcher: Watcher, write_model: bool = True) -> RunResult:
+def run_job(job: Job, grid: Grid, folder: Path, watcher: Watcher, write_model: bool = True, post: Post = OPEN) -> RunResult:
     """Play all rounds of the job. Raises UserError for what the user must mend, RoundFailed when too few answer.
 
     Nothing is written before model, clients and strategy are known to fit each other. Where a recipe was published, its model
@@ -60,12 +61,12 @@ def run_job(job: Job, grid: Grid, folder: Path, watcher: Watcher, write_model: b
     """
     require_free(folder)
     strategy, plan = job.make_strategy(), blueprint(job)
-    clients, nodes = meet(grid, job, plan)
+    clients, nodes = meet(grid, job, plan, post)
     strategy.check(list(clients.values()))
     _require_the_jobs_rank(job, strategy, clients)
     state = strategy.start(plan.adapter)
     wire = ServerEnd(job.make_wire(), strategy, payload_of(plan.adapter))
-    federation = Federation(job, strategy, plan, grid, clients, nodes, watcher, wire)
+    federation = Federation(job, strategy, plan, grid, clients, nodes, watcher, wire, post)
     run = RunFolder.create(folder, job)
     watcher.started(job, {client.id: client.examples for client in clients.values()})
     records = []

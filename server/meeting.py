@@ -13,11 +13,12 @@ from fedtune.job import Job
 from fedtune.strategy import Ask, ClientInfo
 from fedtune.wire import pack_ask
 from server.exchange import Reply, exchange
+from server.post import OPEN, Post
 
 LIMITS = ("layers", "memory", "seconds")  # what a client may say that it can afford
 
 
-def meet(grid: Grid, job: Job, plan: Blueprint) -> tuple[dict[str, ClientInfo], dict[str, int]]:
+def meet(grid: Grid, job: Job, plan: Blueprint, post: Post = OPEN) -> tuple[dict[str, ClientInfo], dict[str, int]]:
     """Say hello to every node: what each client says of itself, and its node, by client id.
 
     Those that cannot take part, or have another base model, are left out. Raises RoundFailed when too few remain.
@@ -26,7 +27,7 @@ def meet(grid: Grid, job: Job, plan: Blueprint) -> tuple[dict[str, ClientInfo], 
     clients: dict[str, ClientInfo] = {}
     nodes: dict[str, int] = {}
     left_out = []
-    for reply in exchange(grid, dict.fromkeys(grid.get_node_ids(), hello), job.rounds.timeout):
+    for reply in exchange(grid, dict.fromkeys(grid.get_node_ids(), hello), job.rounds.timeout, post):
         try:
             info = _introduced(reply, plan.adapter.base)
             _require_possible(info, job, plan)

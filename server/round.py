@@ -21,6 +21,7 @@ from fedtune.wire.ends import ServerEnd
 from server.exchange import exchange
 from server.gate import admit, misfits, schema_of
 from server.limits import most_numbers
+from server.post import OPEN, Post
 from server.records import RoundRecord, Watcher
 from server.run_folder import RunFolder, writing
 from server.spool import Spool, SpooledAnswers
@@ -41,6 +42,7 @@ class Federation:
     nodes: Mapping[str, int]  # client id -> node of the grid
     watcher: Watcher
     wire: ServerEnd
+    post: Post = OPEN
 
 
 class Round:
@@ -104,7 +106,7 @@ class Round:
             del weights[client]
         for client in weights:
             self.tally.trained(client, metrics[client])
-        self._require_quorum(len(weights), len(cohort))
+        self._require_quorum(ask, len(weights), len(cohort))
         return SpooledAnswers(spool, weights, ask.fold, self._decoding(ask))
 
     def _admitted(self, clients: Sequence[str], ask: Ask, ask_id: str) -> Iterator[tuple[str, Answer, Envelope]]:
@@ -132,44 +134,54 @@ class Round:
         """Clients whose version of the broadcast is not the one that was taken for theirs are asked again, with everything."""
         wire, outdated = self._federation.wire, []
         timeout, began = self._federation.job.rounds.timeout, time.monotonic()
-        for client, envelope in self._exchanged(self._packed(clients, ask, ask_id), ask.kind, timeout):
+        for client, envelope in self._exchanged(
+            self._packed(clients, ask, ask_id), ask, timeout, self._quorum(ask, len(clients))
+        ):
             if wire.arrived(client, envelope):
                 outdated.append(client)
             elif envelope is not None:
                 yield client, envelope
-        again = self._packed(outdated, ask, ask_id, again=True)
+        again = self._packed(outdated, ask, ask_id)
         left = max(timeout - (time.monotonic() - began), 0.0)
-        for client, envelope in self._exchanged(again, ask.kind, left) if outdated else ():
+        for client, envelope in self._exchanged(again, ask, left, again=True) if outdated else ():
             wire.arrived(client, envelope)
             if envelope is not None:
                 yield client, envelope
         wire.settle()
 
-    def _exchanged(self, asks: Mapping[str, Envelope], kind: str, timeout: float) -> Iterator[tuple[str, Envelope | None]]:
+    def _exchanged(
+        self, asks: Mapping[str, Envelope], ask: Ask, timeout: float, enough: int = 0, again: bool = False
+    ) -> Iterator[tuple[str, Envelope | None]]:
+        """What is sent `again` would not have been, without codecs: it counts as no larger than it is."""
         federation = self._federation
         names = {federation.nodes[client]: client for client in asks}
-        federation.watcher.doing(kind, 0, len(asks))
+        federation.watcher.doing(ask.kind, 0, len(asks))
         by_node = {federation.nodes[client]: envelope for client, envelope in asks.items()}
-        for done, reply in enumerate(exchange(federation.grid, by_node, timeout), 1):
-            federation.watcher.doing(kind, done, len(asks))
+
+        def sent(node: int, envelope: Envelope) -> None:
+            self.tally.sent(names[node], envelope, None if again else ask.payload_for(names[node]))
+
+        replies = exchange(federation.grid, by_node, timeout, federation.post, sent, enough)
+        for done, reply in enumerate(replies, 1):
+            federation.watcher.doing(ask.kind, done, len(asks))
             client = names[reply.node]
+            if reply.carried is not None:
+                self.tally.came(client, reply.carried, reply.envelope)
             if reply.envelope is None:
                 self.tally.failed(client, reply.failed)
-            else:
-                self.tally.came(client, reply.envelope)
             yield client, reply.envelope
 
-    def _packed(self, clients: Sequence[str], ask: Ask, ask_id: str, again: bool = False) -> dict[str, Envelope]:
-        """By client. What is sent again would not have been, without codecs: it counts as no larger than it is."""
+    def _packed(self, clients: Sequence[str], ask: Ask, ask_id: str) -> dict[str, Envelope]:
         federation = self._federation
         header = {"ask": ask_id, "run": federation.job.name, "round": self.number, "base": federation.plan.adapter.base}
-        asks = {client: federation.wire.ask(ask, client, header) for client in clients}
-        for client, envelope in asks.items():
-            self.tally.sent(client, envelope, None if again else ask.payload_for(client))
-        return asks
+        return {client: federation.wire.ask(ask, client, header) for client in clients}
 
-    def _require_quorum(self, answered: int, asked: int) -> None:
-        wanted = max(1, math.ceil(self._federation.job.rounds.quorum * asked))
+    def _quorum(self, ask: Ask, asked: int) -> int:
+        """Answers that the round cannot do without."""
+        return 0 if ask.kind == "evaluate" else max(1, math.ceil(self._federation.job.rounds.quorum * asked))
+
+    def _require_quorum(self, ask: Ask, answered: int, asked: int) -> None:
+        wanted = self._quorum(ask, asked)
         if answered < wanted:
             reasons = "; ".join(f"{client}: {record.failed}" for client, record in self.tally.clients.items() if record.failed)
             raise RoundFailed(

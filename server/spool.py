@@ -6,13 +6,12 @@ They are folded in the order of client ids, whatever order they came in, so the 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from fedtune.envelope import Envelope, WireTensor
+from fedtune.envelope import Envelope
 from fedtune.folding import FoldedAnswers
 from fedtune.strategy import Answer, Fold
 
@@ -29,23 +28,12 @@ class Spool:
         path = self._path(client)
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:
-            tensors = [
-                {"name": t.name, "dtype": t.dtype, "shape": t.shape, "stype": t.stype, "size": len(t.data)}
-                for t in envelope.tensors
-            ]
-            file.write(json.dumps({"client": client, "header": dict(envelope.header), "tensors": tensors}).encode() + b"\n")
-            for tensor in envelope.tensors:
-                file.write(tensor.data)
+            file.writelines(envelope.pieces())
         os.replace(temporary, path)
 
     def get(self, client: str) -> Envelope:
         with self._path(client).open("rb") as file:
-            stored = json.loads(file.readline())
-            tensors = tuple(
-                WireTensor(t["name"], t["dtype"], tuple(t["shape"]), t["stype"], file.read(t["size"]))
-                for t in stored["tensors"]
-            )
-        return Envelope(stored["header"], tensors)
+            return Envelope.read(file)
 
     def clear(self) -> None:
         """All of it, also where Ctrl-C comes in the middle."""

@@ -24,9 +24,9 @@ class Tally:
         """`payload` is what it says; without it, plain it would be as large as it is."""
         self._add(client, _down(cost_of(envelope, payload)))
 
-    def came(self, client: str, envelope: Envelope) -> None:
-        """What it says is not known yet: sent plain, it would be as large as it is."""
-        self._add(client, _up(cost_of(envelope)), _seconds(envelope.header.get("seconds")))
+    def came(self, client: str, carried: Envelope, envelope: Envelope | None = None) -> None:
+        """What it says is not known yet: sent plain, it would be as large as it is. `envelope` is what was sealed in it."""
+        self._add(client, _up(cost_of(carried)), _seconds((envelope or carried).header.get("seconds")))
 
     def read(self, client: str, envelope: Envelope, payload: Payload) -> None:
         """Of an answer that came, and was admitted."""

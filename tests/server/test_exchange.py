@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping
 
 import pytest
 from flwr.app import Error, Message, Metadata, RecordDict
+from flwr.common.constant import ErrorCode
 
 from fedtune.envelope import Envelope
 from fedtune.messages import from_record, to_record
 from server import exchange as exchange_module
-from server.exchange import LONGEST_WAIT, SHORTEST_WAIT, Reply, exchange
+from server.exchange import AWAY, LONGEST_WAIT, MOST_TIMES, SHORTEST_WAIT, Reply, exchange
 
 ASK = Envelope({"ask": "1.0"})
 
@@ -113,8 +114,69 @@ def test_waits_grow_while_nothing_comes_and_start_again_with_a_reply(clock: Cloc
 
 
 def test_an_error_of_flower_is_the_reason(clock: Clock) -> None:
-    error = Error(code=3, reason="The SuperNode is not available")
-    assert ask(played(clock, {1: 0.0}, {1: error}), nodes=[1]) == [Reply(1, None, "The SuperNode is not available")]
+    error = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason="The ClientApp raised")
+    assert ask(played(clock, {1: 0.0}, {1: error}), nodes=[1]) == [Reply(1, None, "The ClientApp raised")]
+
+
+class PatchyGrid(PlayedGrid):
+    """The connection of node 1 is lost until `healed`: what is sent to it meanwhile comes back as an error at once."""
+
+    def __init__(self, clock: Clock, healed: float, others: Mapping[int, float]) -> None:
+        super().__init__(clock, {1: 0.0, **others}, {node: to_record(own(node)) for node in (1, *others)})
+        self.healed, self.pushed = healed, list[tuple[float, int]]()
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        messages = list(messages)
+        self.pushed += [(self.clock.now, message.metadata.dst_node_id) for message in messages]
+        self.lost = self.clock.now < self.healed
+        self.sent |= {message.metadata.message_id: message for message in messages}
+        return [message.metadata.message_id for message in messages]
+
+    def get_node_ids(self) -> list[int]:
+        return [node for node in self.arrivals if node != 1 or self.clock.now >= self.healed]
+
+    def _answer(self, node: int, id: str) -> Message:
+        if node == 1 and self.lost:
+            self.contents = {**self.contents, 1: Error(code=ErrorCode.NODE_UNAVAILABLE, reason="no heartbeat")}
+        elif node == 1:
+            self.contents = {**self.contents, 1: to_record(own(1))}
+        return super()._answer(node, id)
+
+
+def test_a_node_that_comes_back_while_others_work_is_asked_again(clock: Clock) -> None:
+    grid = PatchyGrid(clock, healed=2.0, others={2: 4.0})
+    assert list(exchange(grid, dict.fromkeys([1, 2], ASK), 60.0)) == [Reply(1, own(1)), Reply(2, own(2))]
+    assert [node for _, node in grid.pushed] == [1, 2, 1]
+    assert 2.0 <= grid.pushed[2][0] <= 2.0 + LONGEST_WAIT
+
+
+def test_nobody_waits_for_a_node_that_is_away_unless_too_few_answered(clock: Clock) -> None:
+    grid = PatchyGrid(clock, healed=30.0, others={2: 1.0})
+    assert list(exchange(grid, dict.fromkeys([1, 2], ASK), 60.0, enough=1)) == [Reply(2, own(2)), Reply(1, None, AWAY)]
+    assert clock.now < 2.0
+    grid = PatchyGrid(clock, healed=30.0, others={2: 1.0})
+    assert list(exchange(grid, dict.fromkeys([1, 2], ASK), 60.0, enough=2)) == [Reply(2, own(2)), Reply(1, own(1))]
+    assert 30.0 <= clock.now <= 30.0 + 2 * LONGEST_WAIT
+
+
+def test_the_deadline_holds_for_nodes_that_are_away(clock: Clock) -> None:
+    grid = PatchyGrid(clock, healed=99.0, others={})
+    assert list(exchange(grid, {1: ASK}, 5.0, enough=1)) == [Reply(1, None, AWAY)]
+    assert 5.0 < clock.now <= 5.0 + LONGEST_WAIT
+
+
+def test_a_node_that_loses_every_message_is_given_up(clock: Clock) -> None:
+    grid = PatchyGrid(clock, healed=99.0, others={})
+    grid.get_node_ids = lambda: [1]  # connected, and yet nothing arrives
+    assert list(exchange(grid, {1: ASK}, 60.0, enough=1)) == [Reply(1, None, "no heartbeat")]
+    assert len(grid.pushed) == MOST_TIMES
+
+
+def test_every_message_that_goes_out_is_told(clock: Clock) -> None:
+    told = []
+    grid = PatchyGrid(clock, healed=2.0, others={2: 4.0})
+    list(exchange(grid, {1: own(1), 2: own(2)}, 60.0, sent=lambda node, envelope: told.append((node, envelope))))
+    assert told == [(1, own(1)), (2, own(2)), (1, own(1))]
 
 
 def test_a_message_that_is_not_ours_is_a_reason_too(clock: Clock) -> None:

@@ -1,0 +1,113 @@
+"""The trainer's door: it hears the coordinator of its bundle alone, never an old word, and says whose its answers are.
+
+What is refused is answered with the reason, and logged here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
+
+from client.transport import failure
+from fedtune.envelope import Envelope
+from fedtune.errors import Refused, UserError
+from fedtune.security.sealing import sealed
+from fedtune.security.signing import ANSWER, ASK, Stamp, signed, verified
+
+log = logging.getLogger("fedtune.trainer")
+DAY = 24 * 3600 * 10**9  # nanoseconds
+DATE = "%Y-%m-%d %H:%M:%S UTC"
+
+
+class Answers(Protocol):
+    def answer(self, ask: Envelope) -> Envelope: ...
+
+
+class Keys(Protocol):
+    """Of a client's bundle."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def verify(self) -> Ed25519PublicKey: ...
+    @property
+    def seal(self) -> X25519PublicKey: ...
+    @property
+    def signing(self) -> Ed25519PrivateKey: ...
+
+
+class Signed:
+    """Around the trainer. What it has heard last is kept in `folder`, so that it holds over restarts."""
+
+    def __init__(self, inner: Answers, keys: Keys, folder: Path | None, clock: Callable[[], int] = time.time_ns) -> None:
+        self._inner, self._keys, self._clock = inner, keys, clock
+        self._heard = Heard(folder / "heard.json" if folder else None)
+
+    def answer(self, ask: Envelope) -> Envelope:
+        try:
+            opened, stamp = self._accepted(ask)
+        except Refused as reason:
+            log.warning("refused an ask: %s", reason)
+            return failure(f"refused an ask: {reason}", ask.header)
+        stamp = Stamp(stamp.run, stamp.serial, self._keys.name, stamp.seal)
+        answer = signed(self._inner.answer(opened), stamp, self._keys.signing, ANSWER)
+        return sealed(answer, stamp, self._keys.seal) if stamp.seal else answer
+
+    def _accepted(self, ask: Envelope) -> tuple[Envelope, Stamp]:
+        opened, stamp = verified(ask, self._keys.verify, ASK)
+        if stamp.serial <= self._heard.serial:
+            raise Refused(
+                f"it is of {_date(stamp.serial)}, and not newer than the last one of {_date(self._heard.serial)}: somebody "
+                "sends an old ask again, or the coordinator's clock was set back"
+            )
+        if stamp.serial > self._clock() + DAY:
+            raise Refused(
+                f"it is of {_date(stamp.serial)}, more than a day from now: set the clocks, here or on the coordinator"
+            )
+        if stamp.client not in ("", self._keys.name):
+            raise Refused(f"it is for client '{stamp.client}', this is '{self._keys.name}'")
+        if opened.header.get("kind") != "hello" and stamp.run != self._heard.run:
+            raise Refused(f"it is for run {stamp.run}, this trainer takes part in {self._heard.run or 'none'}")
+        self._heard.now(stamp)
+        return opened, stamp
+
+
+class Heard:
+    """The run that a client takes part in, and the serial of the last ask that it heard."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file, self.run, self.serial = file, "", 0
+        if file and file.is_file():
+            try:
+                stored = json.loads(file.read_text(encoding="utf-8"))
+                self.run, self.serial = str(stored["run"]), int(stored["serial"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{file} cannot be read ({error}); without it old asks could be played again. Delete it when the coordinator "
+                    "has started a new run"
+                ) from error
+
+    def now(self, stamp: Stamp) -> None:
+        """On disk before anything is done about it."""
+        self.run, self.serial = stamp.run, stamp.serial
+        if self._file is None:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._file.with_suffix(".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump({"run": self.run, "serial": self.serial}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self._file)
+
+
+def _date(serial: int) -> str:
+    return time.strftime(DATE, time.gmtime(serial / 10**9))

@@ -1,0 +1,104 @@
+"""What happens to messages at the coordinator's door: asks are signed, answers are opened and must be signed by their client.
+
+`OPEN` does nothing: simulation, where all is one process, and `--insecure`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from fedtune.envelope import Envelope
+from fedtune.errors import ClientFailed, Refused
+from fedtune.security.sealing import is_sealed, opened
+from fedtune.security.signing import ANSWER, ASK, STAMP, Stamp, signed, verified
+
+LONGEST_REASON = 500  # characters of a reason that nobody has signed
+
+
+class Post(Protocol):
+    """Both ways, by the node of the grid that a message goes to or comes from."""
+
+    def out(self, node: int, ask: Envelope) -> Envelope: ...
+
+    def back(self, node: int, answer: Envelope) -> Envelope:
+        """Raises Refused, or ClientFailed with the client's own reason."""
+
+
+class Open:
+    def out(self, node: int, ask: Envelope) -> Envelope:
+        return ask
+
+    def back(self, node: int, answer: Envelope) -> Envelope:
+        return answer
+
+
+OPEN = Open()
+
+
+class SignedPost:
+    """`clients` are the keys of all who may answer, by name; `revoked` says since when others may no longer. No other run is
+    called as this `run`."""
+
+    def __init__(
+        self,
+        signing: Ed25519PrivateKey,
+        sealing: X25519PrivateKey,
+        clients: Mapping[str, Ed25519PublicKey],
+        run: str,
+        *,
+        end_to_end: bool,
+        revoked: Mapping[str, str] | None = None,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._signing, self._sealing, self._clients, self._revoked = signing, sealing, clients, revoked or {}
+        self._run, self._end_to_end, self._clock = run, end_to_end, clock
+        self._last = 0
+        self._asked: dict[int, Stamp] = {}  # node -> its open ask
+        self._names: dict[int, str] = {}  # node -> the client that introduced itself from there
+
+    def out(self, node: int, ask: Envelope) -> Envelope:
+        self._last = max(self._last + 1, self._clock())
+        stamp = Stamp(self._run, self._last, self._names.get(node, ""), self._end_to_end)
+        self._asked[node] = stamp
+        return signed(ask, stamp, self._signing, ASK)
+
+    def back(self, node: int, answer: Envelope) -> Envelope:
+        asked = self._asked[node]
+        if "failed" in answer.header and STAMP not in answer.header:  # the relay's, or of a trainer that trusts nobody yet
+            raise ClientFailed(f"{str(answer.header['failed'])[:LONGEST_REASON]} (said by its relay, unsigned)")
+        client = self._claimed(node, answer)
+        if is_sealed(answer):
+            answer = opened(answer, Stamp(asked.run, asked.serial, client), self._sealing)
+        elif asked.seal:
+            raise Refused("it is not sealed, and security.end_to_end = true wants that")
+        inner, stamp = verified(answer, self._clients[client], ANSWER)
+        if (stamp.run, stamp.serial, stamp.client) != (asked.run, asked.serial, client):
+            raise Refused("it is signed as the answer to another ask: an old one was sent again")
+        if inner.header.get("client") != client:
+            raise Refused(f"'{client}' signed it, and it says that it is of '{str(inner.header.get('client'))[:80]}'")
+        self._names[node] = client
+        return inner
+
+    def _claimed(self, node: int, answer: Envelope) -> str:
+        """Whose it says it is; the signature must prove it."""
+        stamp = answer.header.get(STAMP)
+        stamp = stamp if isinstance(stamp, Mapping) else answer.header if is_sealed(answer) else _nothing()
+        client, known = str(stamp.get("client")), self._names.get(node)
+        if client in self._revoked:
+            raise Refused(
+                f"'{client}' was revoked on {self._revoked[client]}; give it new keys: fedtune keys rotate client {client}"
+            )
+        if client not in self._clients:
+            raise Refused(f"no client '{client[:80]}' is registered; on the coordinator: fedtune keys client NAME, or register")
+        if known is not None and client != known:
+            raise Refused(f"it comes from the node of '{known}' and says that it is of '{client}'")
+        return client
+
+
+def _nothing() -> Mapping[str, Any]:
+    raise Refused("it is not signed: start the trainer with --bundle")
