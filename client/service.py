@@ -1,17 +1,22 @@
-"""The trainer's gRPC server: one unix socket, readable by its owner only, one ask at a time."""
+"""The trainer's gRPC server: one unix socket, for the user ids that may ask, and one ask at a time."""
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
 import socket as sockets
-from collections.abc import Callable
+import stat
+import tempfile
+import threading
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
 
 from client import trainer_pb2, trainer_pb2_grpc
+from client.front import Front
 from client.transport import OPTIONS, checked, failure, from_proto, to_proto
 from fedtune.envelope import Envelope
 from fedtune.errors import MalformedMessage, UserError
@@ -37,28 +42,81 @@ class Service(trainer_pb2_grpc.TrainerServicer):
             return to_proto(failure(f"{type(error).__name__}: {error}", ask.header))
 
 
-def serve(answer: Callable[[Envelope], Envelope], socket: Path) -> grpc.Server:
-    """A started server. A second ask waits until the first is answered: there is one model."""
+class Serving:
+    """A server at work behind its front door."""
+
+    def __init__(self, server: grpc.Server, front: Front, socket: Path, folder: Path) -> None:
+        self._server, self._front, self._socket, self._folder = server, front, socket, folder
+
+    def stop(self, grace: float | None) -> threading.Event:
+        """Set when all is over; what is being answered gets `grace` seconds."""
+        self._front.close()
+        self._socket.unlink(missing_ok=True)
+        over = self._server.stop(grace)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return over
+
+    def wait_for_termination(self) -> None:
+        self._server.wait_for_termination()
+
+
+def serve(
+    answer: Callable[[Envelope], Envelope],
+    socket: Path,
+    peers: Collection[int] | None = None,
+    group: str | int | None = None,
+) -> Serving:
+    """A started server. A second ask waits until the first is answered: there is one model.
+
+    `peers` are the user ids that may ask; without it, this process's own. For others, `group` is one that they are in: it may
+    open the socket then.
+    """
     socket = checked(socket)
     _refuse_a_second_trainer(socket)
+    listener = _listen(socket, group)
+    folder = Path(tempfile.mkdtemp(prefix="fedtune-"))  # for its owner alone
     server = grpc.server(ThreadPoolExecutor(max_workers=1, thread_name_prefix="trainer"), options=OPTIONS)
     trainer_pb2_grpc.add_TrainerServicer_to_server(Service(answer), server)
-    before = os.umask(0o177)  # so that the socket is private from the moment that it exists
-    try:
-        server.add_insecure_port(f"unix:{socket}")
-    except RuntimeError as error:
-        raise UserError(f"cannot listen on {socket}: wanted a path in a folder that can be written") from error
-    finally:
-        os.umask(before)
+    server.add_insecure_port(f"unix:{checked(folder / 'grpc.sock')}")
     server.start()
-    return server
+    front = Front(listener, folder / "grpc.sock", {os.geteuid()} if peers is None else peers)
+    return Serving(server, front, socket, folder)
 
 
 def _refuse_a_second_trainer(socket: Path) -> None:
-    """gRPC would take the path from a trainer that is at work."""
+    """It would lose its path to this one while it is at work."""
     with sockets.socket(sockets.AF_UNIX) as probe:
         try:
             probe.connect(str(socket))
         except OSError:
             return  # nobody is there; a file that a killed trainer left is replaced
     raise UserError(f"a trainer already listens on {socket}: stop it first, or give this one another --socket")
+
+
+def _listen(socket: Path, group: str | int | None) -> sockets.socket:
+    listener = sockets.socket(sockets.AF_UNIX)
+    try:
+        if socket.is_socket():
+            socket.unlink()
+        before = os.umask(0o177)  # so that the socket is private from the moment that it exists
+        try:
+            listener.bind(str(socket))
+        finally:
+            os.umask(before)
+        if group is not None:
+            _open_to(socket, group)
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        raise UserError(f"cannot listen on {socket}: wanted a path in a folder that can be written ({error})") from error
+    return listener
+
+
+def _open_to(socket: Path, group: str | int) -> None:
+    try:
+        shutil.chown(socket, group=group)
+    except (LookupError, OSError) as error:
+        raise UserError(
+            f"cannot give {socket} to the group {group!r}: wanted a group of this machine that this user is in ({error})"
+        ) from error
+    socket.chmod(stat.S_IRUSR | stat.S_IWUSR | stat.S_IRGRP | stat.S_IWGRP)
