@@ -91,8 +91,8 @@ class Heard:
                 self.run, self.serial = str(stored["run"]), int(stored["serial"])
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
-                    f"{file} cannot be read ({error}); without it old asks could be played again. Delete it when the coordinator "
-                    "has started a new run"
+                    f"{file} cannot be read ({error}); without it old asks could be played again. Delete it when the "
+                    "coordinator has started a new run"
                 ) from error
 
     def now(self, stamp: Stamp) -> None:

@@ -18,7 +18,19 @@ from typing import Any
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
 
 from fedtune.errors import JobError, nearest
-from fedtune.job_sections import ALL, AdapterSettings, Clients, Data, Machine, Model, Rounds, Section, StrategySettings, Train
+from fedtune.job_sections import (
+    ALL,
+    AdapterSettings,
+    Clients,
+    Data,
+    Machine,
+    Model,
+    Rounds,
+    Section,
+    Security,
+    StrategySettings,
+    Train,
+)
 from fedtune.job_sections import Wire as WireSettings
 from fedtune.registry import settings_of, strategy_from
 from fedtune.strategy import Strategy
@@ -44,6 +56,7 @@ class Job(Section):
     rounds: Rounds = Rounds()
     strategy: StrategySettings = StrategySettings()
     wire: WireSettings = WireSettings()
+    security: Security = Security()
     machine: Machine = Machine()
     variants: Mapping[str, Mapping[str, Any]] = Field(
         default_factory=dict, description="other settings under a name, for `fedtune compare`; a run leaves them alone"

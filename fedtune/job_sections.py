@@ -186,6 +186,12 @@ class Wire(Section):
     versions: PositiveInt = Field(16, description="broadcasts that the server remembers; older clients are sent everything")
 
 
+class Security(Section):
+    """Deployment. What a client itself demands stands in its policy."""
+
+    end_to_end: bool = Field(True, description="deployment: the coordinator alone can read answers, not the SuperLink between")
+
+
 class Machine(Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     threads: NonNegativeInt = Field(0, description="of torch on the CPU; 0 leaves its default")

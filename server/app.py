@@ -11,7 +11,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedtune.errors import JobError, RoundFailed
 from fedtune.job import Job, checked_job
+from fedtune.security.coordinator_keys import CoordinatorKeys
+from fedtune.security.keyfiles import verify_key
 from server.coordinator import run_job
+from server.post import OPEN, Post, SignedPost
 from server.watchers import Quiet
 
 app = ServerApp()
@@ -24,8 +27,9 @@ def main(grid: Grid, context: Context) -> None:
     What this raises ends the Flower run as failed, with the message as its details.
     """
     job = job_of(str(context.run_config["job"]))
+    post = post_of(job, str(context.run_config.get("keys", "")), context.run_id)
     wait_for_clients(grid, job.clients.count or 1, job.rounds.timeout)
-    run_job(job, grid, Path(str(context.run_config["folder"])), Quiet())
+    run_job(job, grid, Path(str(context.run_config["folder"])), Quiet(), post=post)
 
 
 def job_of(text: str) -> Job:
@@ -33,6 +37,22 @@ def job_of(text: str) -> Job:
         return checked_job(json.loads(text), "the run's config")
     except ValueError as error:
         raise JobError(f"the run's config 'job' is not JSON, given {text[:40]!r}: start the run with fedtune") from error
+
+
+def post_of(job: Job, keys: str, run: int) -> Post:
+    """Signed by the keys in that folder; open where none is named, as `--insecure` asks for."""
+    if not keys:
+        return OPEN
+    own = CoordinatorKeys.load(Path(keys))
+    records = own.registry.clients().values()
+    return SignedPost(
+        own.signing,
+        own.sealing,
+        {record.name: verify_key(record.verify) for record in records if not record.revoked},
+        f"{job.name}.{run}",
+        end_to_end=job.security.end_to_end,
+        revoked={record.name: record.revoked for record in records if record.revoked},
+    )
 
 
 def wait_for_clients(grid: Grid, wanted: int, timeout: float) -> None:

@@ -32,7 +32,17 @@ class FlowerProcesses(Processes):
     def trainer(self, client: str, *options: str) -> Path:
         """Its socket, once it listens."""
         path = self.folder / f"{len(self._processes)}.sock"
-        command = [sys.executable, "-m", "client.trainer_main", "--client", client, "--socket", str(path), *options]
+        command = [
+            sys.executable,
+            "-m",
+            "client.trainer_main",
+            "--insecure",
+            "--client",
+            client,
+            "--socket",
+            str(path),
+            *options,
+        ]
         self.start(f"trainer-{client}", command)
         self.until(path.is_socket, f"the trainer of {client} to listen")
         return path

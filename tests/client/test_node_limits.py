@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 
 from client.trainer import Trainer
-from client.trainer_main import _builder, _parser
+from client.trainer_main import builder
+from client.trainer_options import parser
 from fedtune.envelope import Envelope
 from fedtune.job import Job
 
 MakeJob = Callable[..., Job]
-NEEDED = ["--client", "bob", "--socket", "s.sock"]
+NEEDED = ["--insecure", "--client", "bob", "--socket", "s.sock"]
 
 
 def limits(job: Job, *given: str) -> object:
     """As the server hears of them."""
-    trainer = _builder(_parser().parse_args([*NEEDED, *given]))(job.model_dump(mode="json"))
+    trainer = builder(parser().parse_args([*NEEDED, *given]))(job.model_dump(mode="json"))
     return trainer.answer(Envelope({"kind": "hello", "ask": "hello"}, ())).header["limits"]
 
 
@@ -59,6 +60,6 @@ def test_others_keep_what_the_job_says_of_them(make_job: MakeJob, tmp_path: Path
 )
 def test_what_makes_no_sense_is_refused(given: list[str], wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        _parser().parse_args([*NEEDED, *given])
+        parser().parse_args([*NEEDED, *given])
     assert stopped.value.code == 2
     assert wanted in capsys.readouterr().err
