@@ -139,9 +139,10 @@ def _other_host(certificate: x509.Certificate, host: str) -> str | None:
     names = server_names(certificate)
     if host_name(host) in names:
         return None
+    wanted = " ".join([host, *(name for name in names if name not in ALWAYS)])
     return (
         f"the server's certificate is not for {host} but for {', '.join(names)}; go to one of these, "
-        f"or type `fedtune keys rotate server {host}` on the coordinator"
+        f"or type `fedtune keys rotate server {wanted}` on the coordinator"
     )
 
 

@@ -5,9 +5,8 @@ ca.key ca.pem   server.key server.pem   signing.key sealing.key   coordinator.to
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -15,8 +14,17 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedtune.errors import KeysError
 from fedtune.security.addresses import address as parsed
-from fedtune.security.certificates import SERVER_DAYS, Issued, belongs, make_authority, make_server_certificate
+from fedtune.security.certificates import (SERVER_DAYS, Issued, belongs, days_left, expires, make_authority, make_server_certificate, names_in,)
+    SERVER_DAYS,
+    Issued,
+    belongs,
+    days_left,
+    expires,
+    make_authority,
+    make_server_certificate,
+)
 from fedtune.security.keyfiles import (
+    OTHERS,
     load_sealing_key,
     load_signing_key,
     load_tls_key,
@@ -28,7 +36,7 @@ from fedtune.security.keyfiles import (
     write_public,
     write_table,
 )
-from fedtune.security.registry import Registry
+from fedtune.security.registry import Registry, now_text
 
 PARTS = ("ca.key", "ca.pem", "server.key", "server.pem", "signing.key", "sealing.key", "coordinator.toml")
 
@@ -43,6 +51,8 @@ class CoordinatorKeys:
     @classmethod
     def init(cls, folder: Path, names: Iterable[str], address: str, days: int = SERVER_DAYS) -> CoordinatorKeys:
         """New keys in a folder that has none; everything is checked before the first file is written."""
+        if folder.exists() and folder.stat().st_mode & OTHERS:
+            raise KeysError(f"{folder} is open to others; private keys want a folder of their own: type `chmod 700 {folder}`")
         there = [part for part in PARTS if (folder / part).exists()]
         if there:
             raise KeysError(
@@ -54,8 +64,8 @@ class CoordinatorKeys:
         keys = cls(folder, Ed25519PrivateKey.generate(), X25519PrivateKey.generate(), str(place))
         try:
             make_folder(folder)
-            keys._save_certificate("ca", authority)
-            keys._save_certificate("server", server)
+            _save_certificate(folder, "ca", authority)
+            _save_certificate(folder, "server", server)
             keys._save_signing()
         except OSError as error:
             for part in PARTS:
@@ -66,9 +76,7 @@ class CoordinatorKeys:
     @classmethod
     def load(cls, folder: Path) -> CoordinatorKeys:
         """Every private file is checked, and that the halves belong together. `ca.key` may be kept elsewhere."""
-        if not (folder / "coordinator.toml").is_file():
-            raise KeysError(f"no keys in {folder}; wanted the folder that `fedtune keys init` made, named with --keys")
-        public = read_table(folder / "coordinator.toml", ("verify", "seal", "address"))
+        public = cls.public(folder)
         signing, sealing = (
             load_signing_key(folder / "signing.key"),
             load_sealing_key(folder / "sealing.key"),
@@ -80,6 +88,47 @@ class CoordinatorKeys:
         if not belongs(read_public(folder / "server.pem"), load_tls_key(folder / "server.key")):
             raise KeysError(f"server.key in {folder} does not belong to server.pem; type `fedtune keys rotate server`")
         return cls(folder, signing, sealing, public["address"])
+
+    @classmethod
+    def public(cls, folder: Path) -> dict[str, str]:
+        """coordinator.toml: verify, seal, address, created."""
+        if not (folder / "coordinator.toml").is_file():
+            raise KeysError(f"no keys in {folder}; wanted the folder that `fedtune keys init` made, named with --keys")
+        return read_table(folder / "coordinator.toml", ("verify", "seal", "address"))
+
+    @classmethod
+    def registry_in(cls, folder: Path) -> Registry:
+        """Without reading a private key."""
+        cls.public(folder)
+        return Registry(folder / "clients")
+
+    @classmethod
+    def renew_signing(cls, folder: Path) -> CoordinatorKeys:
+        """New keys to sign and to unseal with; every client needs their public halves."""
+        address = cls.public(folder)["address"]
+        keys = cls(folder, Ed25519PrivateKey.generate(), X25519PrivateKey.generate(), address)
+        keys._save_signing()
+        return keys
+
+    @classmethod
+    def renew_certificate(
+        cls, folder: Path, names: Sequence[str] = (), address: str = "", days: int = SERVER_DAYS
+    ) -> CoordinatorKeys:
+        """A new certificate of the server by the same authority; the names that it has unless others are given."""
+        place = parsed(address or cls.public(folder)["address"])
+        pem = read_public(folder / "ca.pem")
+        if days_left(pem) < 0:
+            raise KeysError(
+                f"the authority in {folder} expired on {expires(pem):%Y-%m-%d}: type `fedtune keys init` with a new folder "
+                "as --keys, and hand over new bundles"
+            )
+        authority = Issued(pem, load_tls_key(folder / "ca.key"))
+        wanted = names or names_in(read_public(folder / "server.pem"))
+        server = make_server_certificate(authority, [place.host, *wanted], days)
+        _save_certificate(folder, "server", server)
+        public = cls.public(folder) | {"address": str(place)}
+        write_table(folder / "coordinator.toml", public)
+        return cls.load(folder)
 
     @property
     def registry(self) -> Registry:
@@ -100,16 +149,13 @@ class CoordinatorKeys:
     def bundle(self, name: str) -> Path:
         return self.folder / "bundles" / name
 
-    def _save_certificate(self, name: str, issued: Issued) -> None:
-        save_pem(self.folder / f"{name}.key", issued.key)
-        write_public(self.folder / f"{name}.pem", issued.pem)
-
     def _save_signing(self) -> None:
         save_pem(self.folder / "signing.key", self.signing)
         save_pem(self.folder / "sealing.key", self.sealing)
-        self._save_public()
-
-    def _save_public(self) -> None:
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        table = {"verify": self.verify, "seal": self.seal, "address": self.address, "created": now}
+        table = {"verify": self.verify, "seal": self.seal, "address": self.address, "created": now_text()}
         write_table(self.folder / "coordinator.toml", table)
+
+
+def _save_certificate(folder: Path, name: str, issued: Issued) -> None:
+    save_pem(folder / f"{name}.key", issued.key)
+    write_public(folder / f"{name}.pem", issued.pem)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import shutil
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +40,7 @@ from fedtune.security.keyfiles import (
 from fedtune.security.registry import ClientRecord, now_text
 
 Part = Literal["network", "trainer", "both"]
+SECTIONS = (("coordinator", "verify"), ("coordinator", "seal"), ("client", "node"), ("client", "verify"))
 
 
 @dataclass(frozen=True)
@@ -56,37 +59,58 @@ class Bundle:
     @classmethod
     def load(cls, folder: Path, part: Part) -> Bundle:
         """Only files of the part are touched: the other process's need not be readable."""
-        table = _client_table(folder / "client.toml")
-        network, trainer = part in ("network", "both"), part in ("trainer", "both")
-        if network:
-            load_node_key(folder / "network" / "node.key")
-            expires(read_public(folder / "network" / "ca.pem"))
-        return cls(
+        table = _client_table(folder)
+        bundle = cls(
             folder,
             client_name(table["name"]),
             str(address(table["server"])),
-            verify_key(table["verify"]),
-            seal_key(table["seal"]),
-            folder / "network" / "ca.pem" if network else None,
-            folder / "network" / "node.key" if network else None,
-            load_signing_key(folder / "trainer" / "client.key") if trainer else None,
+            verify_key(table["coordinator.verify"]),
+            seal_key(table["coordinator.seal"]),
         )
+        if part != "trainer":
+            bundle = bundle._with_network(table["client.node"])
+        return bundle if part == "network" else bundle._with_trainer(table["client.verify"])
+
+    def _with_network(self, registered: str) -> Bundle:
+        ca, key = self.folder / "network" / "ca.pem", self.folder / "network" / "node.key"
+        expires(read_public(ca))
+        if node_text(load_node_key(key).public_key()) != registered:
+            raise _foreign(key, self.name)
+        return replace(self, ca=ca, node_key=key)
+
+    def _with_trainer(self, registered: str) -> Bundle:
+        path = self.folder / "trainer" / "client.key"
+        key = load_signing_key(path)
+        if public_text(key.public_key()) != registered:
+            raise _foreign(path, self.name)
+        return replace(self, signing=key)
 
 
-def make_bundle(keys: CoordinatorKeys, name: str, replace: bool = False) -> Path:
+def make_bundle(keys: CoordinatorKeys, name: str, renew: bool = False, note: str = "") -> Path:
     """New keys of a client, registered; the folder to hand over, and then to delete here."""
-    if not replace and client_name(name) in keys.registry.clients():
-        keys.registry.add(keys.registry.client(name))  # refuses, and says what to type
-    folder = keys.bundle(name)
-    temporary = folder.with_name(f".{name}.writing")
+    if renew:
+        note = note or keys.registry.client(name).note
+    else:
+        keys.registry.require_free(name)
+    with new_bundle(keys.bundle(name)) as folder:
+        record = replace(make_client_keys(folder, name), note=note)
+        write_coordinator_part(keys, record, folder)
+    keys.registry.add(record, replace=renew)
+    return keys.bundle(name)
+
+
+@contextmanager
+def new_bundle(folder: Path) -> Iterator[Path]:
+    """A folder to write into, for its owner alone; it takes the place of `folder` when it is whole."""
+    temporary = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
     make_folder(temporary)
-    record = make_client_keys(temporary, name)
-    write_coordinator_part(keys, name, temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    keys.registry.add(record, replace)
-    return folder
+    try:
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def make_client_keys(folder: Path, name: str) -> ClientRecord:
@@ -99,27 +123,55 @@ def make_client_keys(folder: Path, name: str) -> ClientRecord:
     return ClientRecord(client_name(name), node_text(node.public_key()), public_text(signing.public_key()))
 
 
-def write_coordinator_part(keys: CoordinatorKeys, name: str, folder: Path) -> None:
+def write_coordinator_part(keys: CoordinatorKeys, record: ClientRecord, folder: Path) -> None:
     """What a client has from its coordinator; nothing of it is private."""
     make_folder(folder / "network")
     write_public(folder / "network" / "ca.pem", read_public(keys.folder / "ca.pem"))
+    write_client_file(keys, record, folder)
+
+
+def write_client_file(keys: CoordinatorKeys, record: ClientRecord, folder: Path) -> None:
     table = {
-        "name": name,
+        "name": record.name,
         "server": keys.address,
         "created": now_text(),
         "coordinator": {"verify": keys.verify, "seal": keys.seal},
+        "client": {"node": record.node, "verify": record.verify},
     }
+    make_folder(folder)
     write_public(folder / "client.toml", tomli_w.dumps(table).encode())
 
 
-def _client_table(path: Path) -> dict[str, str]:
-    """Flat, as far as it is used."""
+def renew_client_files(keys: CoordinatorKeys) -> list[str]:
+    """A new client.toml in bundles/NAME of every client that is not revoked, for what has changed at the coordinator."""
+    records = [record for record in keys.registry.clients().values() if not record.revoked]
+    for record in records:
+        write_client_file(keys, record, keys.bundle(record.name))
+    return [record.name for record in records]
+
+
+def _client_table(folder: Path) -> dict[str, str]:
+    """Flat: a key of a section has the section's name before it."""
+    path = folder / "client.toml"
+    if not path.exists() and (folder / "network").is_dir():
+        raise KeysError(
+            f"{folder} has no client.toml: the coordinator's half is missing. After `fedtune keys register "
+            f"{folder.name}.request.toml` there, copy its bundles/{folder.name} over {folder}"
+        )
     try:
         table = tomllib.loads(read_public(path).decode())
-        coordinator = table["coordinator"]
-        found = {"name": table["name"], "server": table["server"], "verify": coordinator["verify"], "seal": coordinator["seal"]}
+        sections = {f"{section}.{key}": table[section][key] for section, key in SECTIONS}
     except (ValueError, KeyError, TypeError) as error:
         raise KeysError(f"{path} is not of a bundle ({error!r}); wanted the folder from `fedtune keys client NAME`") from error
-    if not all(isinstance(value, str) for value in found.values()):
-        raise KeysError(f"{path} is not of a bundle: its values must be text; take the file from the coordinator again")
-    return found
+    found = {"name": table.get("name"), "server": table.get("server")} | sections
+    texts = {key: value for key, value in found.items() if isinstance(value, str)}
+    if texts.keys() != found.keys():
+        raise KeysError(f"{path} is not of a bundle: a value is missing or no text; take the file from the coordinator again")
+    return texts
+
+
+def _foreign(path: Path, name: str) -> KeysError:
+    return KeysError(
+        f"{path} is not the key that the coordinator has registered for {name}: files of two bundles are mixed; "
+        f"take the whole folder from the coordinator again (`fedtune keys rotate client {name}`)"
+    )

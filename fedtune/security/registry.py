@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +32,13 @@ class ClientRecord:
         """The node key as the SuperLink registers it."""
         return node_public(self.node).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
+    @property
+    def fingerprint(self) -> str:
+        """Four groups of four, to be compared by telephone: 80 bits of name and keys."""
+        digest = hashlib.sha256("\n".join((self.name, self.node, self.verify)).encode()).digest()
+        text = base64.b32encode(digest[:10]).decode()
+        return "-".join(text[start : start + 4] for start in range(0, 16, 4))
+
     def checked(self) -> ClientRecord:
         """The same with keys that can be read, and the node key without a comment."""
         verify_key(self.verify)
@@ -42,7 +51,13 @@ class Registry:
 
     def clients(self) -> dict[str, ClientRecord]:
         """By name, sorted; the revoked ones too."""
-        return {path.stem: self._read(path) for path in sorted(self.folder.glob("[!.]*.toml"))}
+        try:
+            files = sorted(self.folder.iterdir())
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise KeysError(f"{self.folder} cannot be read: {error.strerror}; wanted the keys of this coordinator") from error
+        return {path.stem: self._read(path) for path in files if path.suffix == ".toml" and not path.name.startswith(".")}
 
     def client(self, name: str) -> ClientRecord:
         clients = self.clients()
@@ -50,12 +65,16 @@ class Registry:
             raise KeysError(f"no client {name!r} is registered{nearest(name, clients)}; `fedtune keys list` shows all")
         return clients[name]
 
+    def require_free(self, name: str) -> None:
+        if (other := self.clients().get(client_name(name))) is not None:
+            raise KeysError(_taken(other))
+
     def add(self, record: ClientRecord, replace: bool = False) -> None:
         """Two clients never share a key: who has it could answer for both."""
         record = record.checked()
+        if not replace:
+            self.require_free(record.name)
         for other in self.clients().values():
-            if other.name == record.name and not replace:
-                raise KeysError(_taken(other))
             if other.name != record.name and (other.node == record.node or other.verify == record.verify):
                 raise KeysError(f"the keys of {record.name} are those of {other.name} already; every client needs its own")
         self._write(record)
