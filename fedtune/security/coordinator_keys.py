@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedtune.errors import KeysError
 from fedtune.security.addresses import address as parsed
-from fedtune.security.certificates import (SERVER_DAYS, Issued, belongs, days_left, expires, make_authority, make_server_certificate, names_in,)
+from fedtune.security.certificates import (
     SERVER_DAYS,
     Issued,
     belongs,
@@ -22,6 +22,7 @@ from fedtune.security.certificates import (SERVER_DAYS, Issued, belongs, days_le
     expires,
     make_authority,
     make_server_certificate,
+    names_in,
 )
 from fedtune.security.keyfiles import (
     OTHERS,
