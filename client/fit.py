@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from client.allowance import check, require_evaluation
 from client.data.batches import collate
 from client.data.examples import Example
 from client.masters import Masters
@@ -107,6 +108,7 @@ def parts_of(
     """The batch in parts, each with the share of its loss in that of the batch, and what the model must know for it."""
     learnt = sum(example.learnt for example in batch) if resident.causal else len(batch)
     for part in _in_batches(batch, micro_batch):
+        check()
         yield part, 1.0 if resident.causal else len(part) / len(batch), resident.loss_options(learnt)
 
 
@@ -114,9 +116,11 @@ def parts_of(
 def evaluate(resident: ResidentModel, examples: Sequence[Example], batch: int) -> dict[str, float]:
     """`loss` in nats per token (or per example, for classification), `perplexity`, `token_accuracy` (or `accuracy`),
     and `tokens`, how many predictions that was. Empty where there is nothing to evaluate."""
+    require_evaluation()
     resident.peft.eval()
     loss, right, count = (torch.zeros((), dtype=torch.float64) for _ in range(3))
     for part in _in_batches(sorted(examples, key=lambda e: -len(e.input_ids)), batch):
+        check()
         inputs = on_device(collate(part, resident.pad), resident.device)
         labels = inputs.pop("labels")  # (b, t), or (b,) for classification
         with torch.autocast(resident.device.type, dtype=torch.bfloat16, enabled=resident.autocast):

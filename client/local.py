@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from client.allowance import counted
 from client.data.batches import batches
 from client.data.examples import ClientData, Example
 from client.fit import cosine, evaluate, fit, gradient
@@ -89,7 +90,7 @@ class Local(Ranked):
         return self._job.seed, self._round, self._client
 
     def _batches(self) -> Iterator[Sequence[Example]]:
-        return batches(self._data.train, self._job.train.batch, *self._names, "batches")
+        return counted(batches(self._data.train, self._job.train.batch, *self._names, "batches"))
 
     def steps(self) -> int:
         """Gradient steps of one round: as given, or from epochs, rounded up."""

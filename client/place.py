@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from client.allowance import check
 from client.data.batches import collate
 from client.data.examples import Example
 from client.fit import on_device, parts_of
@@ -58,6 +59,7 @@ class Place(ABC):
         """`w += scale * change`; weights of 16 bits are rounded up or down by chance, right in the mean: to the nearest, most
         small steps would be lost."""
         for name, parameter in self.parameters.items():
+            check()
             if parameter.dtype is torch.float32 and parameter.is_contiguous():
                 change.add_to(name, parameter.data, scale)
             else:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from client.allowance import check
 from client.mapped import in_file
 from client.model import ResidentModel
 from client.place import Place
@@ -108,6 +109,7 @@ class WholeModel(Place):
 
     def _rebuilt(self, name: str, recipe: Recipe, lr: float, known: int | None) -> int:
         """Write one parameter anew; how many of its numbers are others than the last recipe gave."""
+        check()
         before, total = self._rounded(name), self._sum[name]
         if known is None:
             total.zero_()

@@ -50,7 +50,7 @@ class Place(Protocol):
 
 def slopes(place: Place, loss: Loss, directions: Directions, seeds: Sequence[int], estimate: Estimate) -> list[float]:
     """The slope of `loss` along z(seed) for each seed, all at the place's present tensors."""
-    along = [directions.sum({seed: 1.0}) for seed in seeds]
+    along = (directions.sum({seed: 1.0}) for seed in seeds)  # one at a time: a job may ask for any number
     if estimate.difference == "forward":
         found = [place.derivative(z) for z in along]
     elif estimate.difference == "one_sided":

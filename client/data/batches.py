@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from client.allowance import check
 from client.data.examples import IGNORED, Example, Labelled
 from fedtune.seeds import generator
 
@@ -24,6 +25,7 @@ def batches(examples: Sequence[One], size: int, *names: object) -> Iterator[list
         raise ValueError("there are no examples to make batches of")
     batch: list[One] = []
     for number in count():
+        check()  # a batch may be many passes
         for index in torch.randperm(len(examples), generator=generator(*names, number)).tolist():
             batch.append(examples[index])
             if len(batch) == size:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 
+from client.allowance import shown
 from fedtune.errors import DataError
 
 Messages = list[dict[str, Any]]
@@ -17,11 +18,11 @@ def checked(messages: Any, where: str) -> Messages:
     """The messages, if they are a list of {role, content}. Raises DataError."""
     wanted = 'wanted [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]'
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: 'messages' is {messages!r:.60}; {wanted}")
+        raise DataError(f"{where}: 'messages' is {shown(messages)}; {wanted}")
     for message in messages:
         whole = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
         if not whole:
-            raise DataError(f"{where}: a message is {message!r:.60}; {wanted}")
+            raise DataError(f"{where}: a message is {shown(message)}; {wanted}")
     return messages
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from client.allowance import shown
 from fedtune.errors import DataError, nearest
 
 
@@ -21,7 +22,7 @@ def name_of(label: Any, where: str) -> str:
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     if not isinstance(label, str | int) or label == "":
-        raise DataError(f"{where}: 'label' is {label!r:.60}; wanted a name or a whole number")
+        raise DataError(f"{where}: 'label' is {shown(label)}; wanted a name or a whole number")
     return str(label)
 
 
@@ -30,8 +31,8 @@ def class_of(label: Any, labels: Sequence[str] | None, where: str) -> int:
     name = name_of(label, where)
     if labels is not None:
         if name not in labels:
-            raise DataError(f"{where}: unknown label '{name}'{nearest(name, labels)}; known: {', '.join(labels)}")
+            raise DataError(f"{where}: unknown label {shown(name)}{nearest(name, labels)}; known: {', '.join(labels)}")
         return list(labels).index(name)
     if not name.isdecimal():
-        raise DataError(f"{where}: label '{name}' has no number, as no list of labels was given; use 0, 1, 2, …")
+        raise DataError(f"{where}: label {shown(name)} has no number, as no list of labels was given; use 0, 1, 2, …")
     return int(name)

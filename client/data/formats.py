@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from client.allowance import shown, shown_names
 from client.data import chat
 from client.data.classes import class_of
 from client.data.examples import Example, Labelled, single
@@ -56,7 +57,7 @@ def format_of(columns: Iterable[str], task: str, where: str) -> Format:
         if set(format.columns) <= set(columns):
             return format
     wanted = "; ".join(" + ".join(format.columns) for format in formats)
-    raise DataError(f"{where} has the columns {', '.join(columns)}; for model.task = '{task}' wanted one of: {wanted}")
+    raise DataError(f"{where} has the columns {shown_names(columns)}; for model.task = '{task}' wanted one of: {wanted}")
 
 
 def encode(rows: Sequence[Row], format: Format, encoder: Encoder, where: str) -> list[list[Example] | list[Labelled]]:
@@ -115,7 +116,7 @@ def _cut(ids: Sequence[int], learnt: Sequence[bool], encoder: Encoder) -> Iterab
 def _string(row: Row, column: str, where: str) -> str:
     value = row.get(column)
     if not isinstance(value, str):
-        raise DataError(f"{where}: '{column}' is {value!r:.60}; wanted text")
+        raise DataError(f"{where}: '{column}' is {shown(value)}; wanted text")
     return value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,17 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from client.allowance import columns, shown_names
 from fedtune.errors import DataError
 
 Row = dict[str, Any]
 
 
 def read(path: Path) -> list[Row]:
-    """All rows, at least one. Raises DataError."""
+    """All rows, at least one, with the columns that may be read here. Raises DataError."""
     reader = _datasets_folder if path.is_dir() else READERS[path.suffix]
     try:
-        rows = list(reader(path))
+        rows = [_allowed(row, columns()) for row in reader(path)]
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
     except OSError as error:
@@ -34,7 +35,8 @@ def read(path: Path) -> list[Row]:
 def rows_by_client(path: Path, column: str) -> dict[str, list[Row]]:
     """The rows of each client in one file that holds many. The last file stays in memory: every client asks for it."""
     stat = path.stat()
-    return _rows_by_client(path, column, stat.st_mtime_ns, stat.st_size)
+    allowed = columns()
+    return _rows_by_client(path, column, stat.st_mtime_ns, stat.st_size, None if allowed is None else tuple(allowed))
 
 
 def is_datasets_folder(path: Path) -> bool:
@@ -43,15 +45,19 @@ def is_datasets_folder(path: Path) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _rows_by_client(path: Path, column: str, changed: int, size: int) -> dict[str, list[Row]]:
+def _rows_by_client(path: Path, column: str, changed: int, size: int, allowed: tuple[str, ...] | None) -> dict[str, list[Row]]:
     clients: dict[str, list[Row]] = {}
     for number, row in enumerate(read(path), 1):
         if row.get(column) in (None, ""):
             raise DataError(
-                f"{path}, row {number}: no client in the column '{column}' (data.client_column); columns: {', '.join(row)}"
+                f"{path}, row {number}: no client in the column '{column}' (data.client_column); columns: {shown_names(row)}"
             )
         clients.setdefault(str(row[column]), []).append(row)
     return clients
+
+
+def _allowed(row: Row, allowed: Collection[str] | None) -> Row:
+    return row if allowed is None else {name: value for name, value in row.items() if name in allowed}
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
@@ -97,7 +103,7 @@ def _csv(path: Path) -> Iterator[Row]:
                 if None in row or None in row.values():
                     raise DataError(
                         f"{path}, line {reader.line_num}: not the {len(reader.fieldnames or ())} fields of the first line "
-                        f"({', '.join(reader.fieldnames or ())}); put a text with commas or line breaks in double quotes"
+                        f"({shown_names(reader.fieldnames or ())}); put a text with commas or line breaks in double quotes"
                     )
                 yield row
         except csv.Error as error:
