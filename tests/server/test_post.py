@@ -1,0 +1,155 @@
+"""Asks go out signed; what comes back counts only from the client whose node it is, sealed, to the ask that is open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from fedtune.envelope import Envelope, WireTensor
+from fedtune.errors import ClientFailed, Refused
+from fedtune.security.sealing import sealed
+from fedtune.security.signing import ANSWER, ASK, SIGNATURE, STAMP, Stamp, signed, verified
+from server.post import LONGEST_REASON, SignedPost
+
+SIGNING, SEALING = Ed25519PrivateKey.generate(), X25519PrivateKey.generate()
+CLIENTS = {name: Ed25519PrivateKey.generate() for name in ("north", "south")}
+NORTH, SOUTH = 11, 22  # nodes of the grid
+
+
+def make_post(end_to_end: bool = True, clock: Callable[[], int] = lambda: 100) -> SignedPost:
+    keys = {name: key.public_key() for name, key in CLIENTS.items()}
+    revoked = {"west": "2026-01-02"}
+    return SignedPost(SIGNING, SEALING, keys, "run.1", end_to_end=end_to_end, revoked=revoked, clock=clock)
+
+
+@pytest.fixture
+def post() -> SignedPost:
+    """Both clients have introduced themselves."""
+    post = make_post()
+    for node, name in ((NORTH, "north"), (SOUTH, "south")):
+        post.back(node, answer(asked(post, node, "hello"), name))
+    return post
+
+
+def asked(post: SignedPost, node: int, id: str = "1.0") -> Stamp:
+    _, stamp = verified(post.out(node, Envelope({"ask": id})), SIGNING.public_key(), ASK)
+    return stamp
+
+
+def plain(client: str, **header: object) -> Envelope:
+    return Envelope({"client": client, "ask": "1.0", **header}, (WireTensor("w", "uint8", (1,), "raw", b"u"),))
+
+
+def answer(stamp: Stamp, client: str, key: str | None = None, says: str | None = None) -> Envelope:
+    """Of an honest trainer, unless the test says otherwise."""
+    own = Stamp(stamp.run, stamp.serial, client, stamp.seal)
+    message = signed(plain(says or client), own, CLIENTS[key or client], ANSWER)
+    return sealed(message, own, SEALING.public_key()) if stamp.seal else message
+
+
+def test_serials_grow_though_the_clock_stands_still_and_follow_it() -> None:
+    times = iter([100, 100, 50, 900])
+    post = make_post(clock=lambda: next(times))
+    assert [asked(post, NORTH).serial for _ in range(4)] == [100, 101, 102, 900]
+
+
+def test_an_ask_names_its_client_once_it_is_known(post: SignedPost) -> None:
+    assert asked(make_post(), NORTH).client == ""
+    assert (asked(post, NORTH).client, asked(post, SOUTH).client) == ("north", "south")
+
+
+def test_an_answer_comes_back_as_the_trainer_made_it(post: SignedPost) -> None:
+    assert post.back(NORTH, answer(asked(post, NORTH), "north")) == plain("north")
+
+
+def test_without_end_to_end_it_must_be_signed_all_the_same() -> None:
+    post = make_post(end_to_end=False)
+    stamp = asked(post, NORTH)
+    assert post.back(NORTH, answer(stamp, "north")) == plain("north")
+    with pytest.raises(Refused, match="not signed"):
+        post.back(NORTH, plain("north"))
+
+
+def test_an_answer_from_another_node_s_id_is_refused(post: SignedPost) -> None:
+    stamp = asked(post, SOUTH)
+    with pytest.raises(Refused, match="comes from the node of 'south' and says that it is of 'north'"):
+        post.back(SOUTH, answer(stamp, "north"))  # even with north's own key
+
+
+def test_nobody_answers_in_the_name_of_another(post: SignedPost) -> None:
+    stamp = asked(post, NORTH)
+    with pytest.raises(Refused, match="another key made it"):
+        post.back(NORTH, answer(stamp, "north", key="south"))
+    with pytest.raises(Refused, match="'north' signed it, and it says that it is of 'south'"):
+        post.back(NORTH, answer(stamp, "north", says="south"))
+
+
+def test_the_answer_of_another_does_not_open_as_one_s_own(post: SignedPost) -> None:
+    """Who copies what another client sealed can neither read it nor pass it off."""
+    of_north = answer(asked(post, NORTH), "north")
+    asked(post, SOUTH)
+    stolen = Envelope({**of_north.header, "client": "south"}, of_north.tensors)
+    with pytest.raises(Refused, match="cannot be opened"):
+        post.back(SOUTH, stolen)
+
+
+def test_an_old_answer_is_refused_as_the_answer_to_a_new_ask(post: SignedPost) -> None:
+    old = answer(asked(post, NORTH), "north")
+    asked(post, NORTH)
+    with pytest.raises(Refused, match="cannot be opened"):
+        post.back(NORTH, old)
+    open_post = make_post(end_to_end=False)
+    old = answer(asked(open_post, NORTH), "north")
+    asked(open_post, NORTH)
+    with pytest.raises(Refused, match="an old one was sent again"):
+        open_post.back(NORTH, old)
+
+
+def test_what_is_not_sealed_is_refused_where_the_job_wants_it(post: SignedPost) -> None:
+    stamp = asked(post, NORTH)
+    readable = signed(plain("north"), Stamp(stamp.run, stamp.serial, "north", True), CLIENTS["north"], ANSWER)
+    with pytest.raises(Refused, match="end_to_end"):
+        post.back(NORTH, readable)
+
+
+def test_a_tampered_answer_is_refused(post: SignedPost) -> None:
+    stamp = asked(post, NORTH)
+    good = answer(stamp, "north")
+    touched = bytes([good.tensors[0].data[0] ^ 1]) + good.tensors[0].data[1:]
+    [tensor] = good.tensors
+    with pytest.raises(Refused, match="changed on its way"):
+        post.back(NORTH, Envelope(good.header, (WireTensor(tensor.name, tensor.dtype, tensor.shape, tensor.stype, touched),)))
+
+
+def test_unknown_and_revoked_clients_hear_what_to_do() -> None:
+    post = make_post()
+    stamp = asked(post, NORTH)
+    of = lambda name: Envelope({**answer(stamp, "north").header, "client": name}, answer(stamp, "north").tensors)  # noqa: E731
+    with pytest.raises(Refused, match="no client 'east' is registered; on the coordinator: fedtune keys client"):
+        post.back(NORTH, of("east"))
+    with pytest.raises(Refused, match="'west' was revoked on 2026-01-02; give it new keys: fedtune keys rotate client west"):
+        post.back(NORTH, of("west"))
+
+
+def test_an_unsigned_failure_is_a_reason_and_no_more(post: SignedPost) -> None:
+    """A relay whose trainer is away, or a trainer that does not trust this coordinator: the words help, and prove nothing."""
+    asked(post, NORTH)
+    with pytest.raises(ClientFailed, match=r"no trainer answers \(said by its relay, unsigned\)"):
+        post.back(NORTH, Envelope({"failed": "no trainer answers", "client": "south", "resend": True}))
+    with pytest.raises(ClientFailed) as failed:
+        post.back(NORTH, Envelope({"failed": "x" * 10**6}))
+    assert len(str(failed.value)) < LONGEST_REASON + 50
+
+
+@pytest.mark.parametrize(
+    "header", [{}, {STAMP: 3}, {STAMP: {}}, {STAMP: {"client": "north"}, SIGNATURE: 5}, {"client": ["north"]}]
+)
+def test_headers_from_anywhere_are_refused(post: SignedPost, header: dict[str, object]) -> None:
+    asked(post, NORTH)
+    with pytest.raises(Refused):
+        post.back(NORTH, Envelope(header))
+    with pytest.raises(Refused):
+        post.back(NORTH, Envelope(header, (WireTensor("s", "uint8", (1,), "fedtune.sealed", b"u"),)))
