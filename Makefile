@@ -13,11 +13,11 @@ READY := $(if $(ACTIVE),,$(VENV)/ready)
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz lint bench stubs
+.PHONY: help demo test fuzz lint bench bench-deploy stubs
 
 help:
 	@echo "make <target>, one of:"
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## fine-tune a small language model across eight clients on this machine, into runs/demo
 	fedtune simulate demo --out runs/demo --overwrite
@@ -41,6 +41,9 @@ lint: $(READY)  ## format, lint, types, and the direction of the imports; change
 
 bench: $(READY)  ## ratios of time and memory, measured side by side; about ten minutes
 	python -m simulations.bench
+
+bench-deploy: $(READY)  ## seconds a round over real sockets, beside a stock Flower app; about five minutes
+	python -m simulations.bench_deploy
 
 # grpcio-tools and what it generates must not be newer than the oldest grpcio and protobuf in pyproject.toml.
 stubs:  ## write client/trainer_pb2*.py anew from client/trainer.proto
