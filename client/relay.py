@@ -1,0 +1,127 @@
+"""The relay's process: takes the tasks of the node's SuperNode and answers each with `client.app`, in this one process.
+
+    python -m client.relay --runtime 127.0.0.1:PORT --trainer SOCKET
+
+Flower would start a process for each message, and unpack and import there what came with the run (its FAB). Here nothing
+starts, and nothing that came is ever unpacked: what runs on a node is what its operator installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import httpx
+from flwr.app import Context, Message
+
+from client.app import SOCKET, app
+from client.runtime import Runtime, Task
+from client.told import Answers
+from client.transport import checked
+from client.waits import Waits
+from fedtune.errors import FedtuneError, UserError
+from fedtune.messages import from_record
+
+log = logging.getLogger("fedtune.relay")
+SHORTEST, LONGEST = 0.05, 0.5  # seconds between looks for a task
+GONE = 1.0  # seconds before a SuperNode that did not answer is asked again
+
+
+class Relay:
+    """`serve()` for ever; `step()` looks once."""
+
+    def __init__(self, runtime: Runtime, trainer: Path, answers: Answers) -> None:
+        self._runtime, self._trainer, self._answers = runtime, trainer, answers
+        self._waits, self._trouble = Waits(SHORTEST, LONGEST), ""
+
+    def serve(self, sleep: Callable[[float], None] = time.sleep) -> NoReturn:
+        while True:
+            sleep(self.step())
+
+    def step(self) -> float:
+        """Answer a task if there is one. Seconds until the next look; no trouble ends this process."""
+        try:
+            token = self._runtime.acquire()
+        except (httpx.HTTPError, ValueError) as error:
+            self._say(f"the SuperNode gives no tasks: {error}")
+            return GONE
+        self._say("")
+        if not token:
+            return self._waits.next()
+        try:
+            with self._runtime.task(token) as task:
+                self._answer(task)
+        except Exception:  # the SuperNode has gone, or the run is over: nobody waits for this answer
+            log.exception("an answer could not be given back")
+        self._waits.busy()
+        return 0.0
+
+    def _answer(self, task: Task) -> None:
+        try:
+            message, context = task.pull()
+            reply = self._carried(message, context)
+        except Exception as error:
+            log.exception("a message could not be answered")
+            task.fail(f"{type(error).__name__}: {error}")
+        else:
+            task.reply(reply, context)
+
+    def _carried(self, message: Message, context: Context) -> Message:
+        began = time.monotonic()
+        context.node_config = {SOCKET: str(self._trainer)}
+        reply = app(message, context)
+        self._tell(message, reply, time.monotonic() - began)
+        return reply
+
+    def _tell(self, message: Message, reply: Message, seconds: float) -> None:
+        try:
+            asked, answer = from_record(message.content).header, from_record(reply.content).header
+        except FedtuneError:
+            return  # it was no message of ours, and was answered as such
+        failed = str(answer.get("failed", ""))
+        log.info("%s of round %s in %.2f s %s", asked.get("kind"), asked.get("round"), seconds, failed and f"failed: {failed}")
+        self._answers.tell(asked, seconds, failed)
+
+    def _say(self, trouble: str) -> None:
+        """Once for each change."""
+        if trouble != self._trouble:
+            self._trouble = trouble
+            log.warning("%s", trouble or "the SuperNode is there again")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for each look
+    given = _parser().parse_args(arguments)
+    try:
+        relay = Relay(Runtime(given.runtime, _secret(given.secret)), checked(given.trainer), Answers(given.answers))
+    except UserError as error:
+        log.error("%s", error)
+        return 2
+    log.info("takes the tasks of %s to %s", given.runtime, given.trainer)
+    return relay.serve()
+
+
+def _secret(file: Path | None) -> bytes | None:
+    try:
+        return file.read_bytes() if file else None
+    except OSError as error:
+        raise UserError(f"--secret {file} cannot be read: {error}; wanted the file that the SuperNode was given") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m client.relay", description="Carry messages between SuperNode and trainer.")
+    parser.add_argument("--runtime", required=True, help="host:port of the SuperNode's Runtime API")
+    parser.add_argument("--trainer", required=True, type=Path, help="the trainer's socket")
+    parser.add_argument("--secret", type=Path, help="file that the SuperNode was given as --superexec-auth-secret-file")
+    parser.add_argument("--answers", type=Path, help="file for a line about each answer")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""The loopback API of the node's SuperNode, as much of it as the relay needs.
+
+Flower's own functions do the work. Its retries are left out: they end the process as soon as a token is no longer known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import httpx
+from flwr.app import Context, Message
+from flwr.app.error import Error
+from flwr.common.constant import ErrorCode, SubStatus
+from flwr.common.serde import message_from_proto
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullAppMessagesRequest,
+    PullAppMessagesResponse,
+    SendTaskHeartbeatRequest,
+)
+from flwr.supercore.constant import TaskType
+from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+SIGNED = ("/flwr.proto.Runtime/AcquireTask",)  # the one request that comes before a task has its own token
+
+
+class Task(RuntimeHttpClient):
+    """One message that this process has to answer; the SuperNode takes no other until then."""
+
+    _came: Message | None = None  # without its content
+    _node: int = 0
+
+    def pull(self) -> tuple[Message, Context]:
+        """The FAB that comes with them is not looked at."""
+        message, context, _, _ = pull_task_input(self)
+        return message, context
+
+    def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:
+        """Remembers what came, so that a content that cannot be read is answered too."""
+        response = super().PullMessages(request)
+        if response.messages_list:
+            self._came = message_from_proto(response.messages_list[0])
+        return response
+
+    def reply(self, message: Message, context: Context) -> None:
+        push_message(self, message, context)
+        push_task_output(self, None, SubStatus.COMPLETED, "")
+
+    def fail(self, reason: str) -> None:
+        """As an error reply. A message that never came has none: the SuperNode gives the task up when heartbeats stay away."""
+        if self._came is None:
+            return
+        error = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
+        metadata = self._came.metadata
+        context = Context(metadata.run_id, metadata.dst_node_id, {}, None, {})  # type: ignore[arg-type]
+        push_message(self, Message(error, reply_to=self._came), context)
+        push_task_output(self, None, SubStatus.FAILED, reason)
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Without heartbeats the SuperNode gives a task up after a minute."""
+        sender = HeartbeatSender(self._beat)
+        sender.start()
+        try:
+            yield
+        finally:
+            sender.stop()
+
+    def _beat(self) -> bool:
+        try:
+            self.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+        except httpx.HTTPError:
+            return False  # asked again, with growing waits
+        return True
+
+
+class Runtime:
+    """Where tasks come from. `secret` is what the SuperNode was given too: without it any local user could take them."""
+
+    def __init__(self, address: str, secret: bytes | None = None) -> None:
+        self._address = address
+        signs = [SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=SIGNED)] if secret else []
+        self._client = _client(RuntimeHttpClient, address, *signs)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    def acquire(self) -> str:
+        """The token of a task that is now ours; empty where there is none. Only ClientApps' tasks are taken."""
+        return str(self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])).token)
+
+    @contextmanager
+    def task(self, token: str) -> Iterator[Task]:
+        task = _client(Task, self._address, RuntimeTokenHttpInterceptor(token))
+        try:
+            with task.beating():
+                yield task
+        finally:
+            task.close()
+
+
+def _client(kind: type[Any], address: str, *interceptors: Any) -> Any:
+    version = RuntimeVersionHttpInterceptor(component_name="flwr-clientapp")
+    return kind.from_server_address(address, insecure=True, root_certificates=None, interceptors=[version, *interceptors])

@@ -1,0 +1,78 @@
+"""What the processes of the network half tell their supervisor, in small files of its folder.
+
+link.json     the supernode: what the server answered last
+answers.jsonl the relay: a line for each ask that was answered
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+LINK, ANSWERS = "link.json", "answers.jsonl"
+MOST = 1 << 20  # bytes of answers.jsonl, after which it begins anew
+
+
+@dataclass(frozen=True)
+class Link:
+    """What the server answered to the node's last request, and when it last answered one well."""
+
+    path: str  # of the request, such as /v1/fleet/activate-node
+    status: int  # HTTP's
+    at: float  # seconds since the epoch
+    well: float = 0.0  # seconds since the epoch; 0: not since the supernode started
+
+    def write(self, file: Path) -> None:
+        """Atomic: who reads sees the old one or the new one."""
+        temporary = file.with_name(f".{file.name}.writing")
+        temporary.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        os.replace(temporary, file)
+
+    @classmethod
+    def read(cls, file: Path) -> Link | None:
+        """None before the server has answered anything."""
+        try:
+            return cls(**json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+class Answers:
+    """Of the relay, as lines of JSON that the supervisor follows."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+
+    def tell(self, asked: Mapping[str, Any], seconds: float, failed: str = "") -> None:
+        """`asked` is the header of the ask; only what a line for people needs is kept."""
+        if self._file is None:
+            return
+        mode = "w" if self._file.exists() and self._file.stat().st_size > MOST else "a"
+        line = {key: asked.get(key) for key in ("kind", "run", "round")} | {"seconds": round(seconds, 3), "failed": failed}
+        with self._file.open(mode, encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class Follow:
+    """Reads the lines that were added to a file since the last look; what was there before the first is old."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._read = file.stat().st_size if file.exists() else 0
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        if not self._file.exists():
+            return
+        if self._file.stat().st_size < self._read:
+            self._read = 0  # it has begun anew
+        with self._file.open("rb") as file:
+            file.seek(self._read)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return  # still being written
+                self._read += len(line)
+                yield json.loads(line)
