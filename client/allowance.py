@@ -77,6 +77,18 @@ def check() -> None:
         allowance.check()
 
 
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Within, time passes that is not the round's."""
+    allowance = _open.get()
+    began = allowance.clock() if allowance else 0.0
+    try:
+        yield
+    finally:
+        if allowance:
+            allowance.seconds -= allowance.clock() - began
+
+
 def counted(batches: Iterable[Batch]) -> Iterator[Batch]:
     """Each batch of the client's examples is a step."""
     for batch in batches:

@@ -1,7 +1,9 @@
 """Around the trainer of a node: nothing is done that the policy of its operator forbids, and what is refused is said by name.
 
-It stands behind the signatures (client/signed.py), so that a job and its asks are the coordinator's, and before anything that
-imports, opens or loads what a job names.
+    resident = Resident(Admitting(build, policy, own), folder)       jobs, before anything that they name is touched
+    door = Obedient(resident, policy, folder)                        asks, and all work for them
+
+It stands behind the signatures (client/signed.py), so that a job and its asks are the coordinator's own.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +20,7 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from client.admission import Own
-from client.allowance import Allowance, within
+from client.allowance import Allowance, uncounted, within
 from client.diary import Diary, Used
 from client.policy import Policy
 from client.transport import failure
@@ -26,69 +29,84 @@ from fedtune.errors import ClientFailed, FedtuneError, UserError
 from fedtune.job import Job
 
 log = logging.getLogger("fedtune.trainer")
-NO_JOB = "this trainer has admitted no job: the first ask of a run must be 'hello', with the job"
 
 
 class Answers(Protocol):
     def answer(self, ask: Envelope) -> Envelope: ...
 
 
-def now() -> datetime:
-    """With the zone of this machine."""
-    return datetime.now().astimezone()
+class Data(Protocol):
+    @property
+    def train(self) -> Sized: ...
+
+
+class Resident(Protocol):
+    @property
+    def base(self) -> str: ...
+
+
+class Node(Answers, Protocol):
+    """The trainer of a job, as far as its admission looks at it."""
+
+    job: Job
+
+    @property
+    def resident(self) -> Resident: ...
+    @property
+    def clients(self) -> tuple[str, ...]: ...
+    def data(self, client: str) -> Data: ...
+
+
+@dataclass(frozen=True)
+class Admitting:
+    """Builds the trainer of a job that the policy lets in. No refused job is kept, so none is ever taken up again."""
+
+    build: Callable[[dict[str, Any]], Node]
+    policy: Policy
+    own: Own
+
+    def __call__(self, given: dict[str, Any]) -> Node:
+        """Raises Forbidden."""
+        self.policy.admit_job(_read(given), self.own)
+        with uncounted():  # the time of a round is not that of loading
+            node = self.build(given)
+            client = node.clients[0]
+            self.policy.admit_base(node.resident.base)
+            self.policy.admit_rank(node.job.rank_of(client))
+            self.policy.admit_steps(node.job.train.steps_for(len(node.data(client).train)))
+        return node
 
 
 class Obedient:
-    """`own` says what this node brings itself. The diary, `directory`/diary.json, outlives the process."""
+    """What it has worked for, `directory`/diary.json, outlives the process."""
 
     def __init__(
         self,
         answers: Answers,
         policy: Policy,
         directory: Path | None,
-        clock: Callable[[], datetime] = now,
-        own: Own | None = None,
+        clock: Callable[[], datetime] = lambda: datetime.now().astimezone(),
         ticks: Callable[[], float] = time.monotonic,
     ) -> None:
         if policy.rounds_per_day is not None and directory is None:
             raise UserError("policy.rounds_per_day counts over restarts, which takes a folder; start the client with --dir")
-        self._answers, self._policy, self._own = answers, policy, own or Own()
+        self._answers, self._policy, self._clock, self._ticks = answers, policy, clock, ticks
         self._diary = Diary(directory / "diary.json" if directory else None)
-        self._clock, self._ticks = clock, ticks
-        self._refusal: str | None = NO_JOB  # why no ask is answered; None where a job was admitted
 
     def answer(self, ask: Envelope) -> Envelope:
         try:
-            return self._met(ask) if ask.header.get("kind") == "hello" else self._worked(ask)
+            answer = self._met(ask) if ask.header.get("kind") == "hello" else self._worked(ask)
         except FedtuneError as error:
-            log.warning("refused: %s", error)
-            return failure(str(error), {**ask.header, "client": self._own.name})
+            answer = failure(str(error), ask.header)
+        if "failed" in answer.header:
+            log.warning("did not answer: %s", answer.header["failed"])
+        return answer
 
     def _met(self, ask: Envelope) -> Envelope:
-        """Who may not take part learns why; asks of that run are not answered, whatever was admitted before."""
-        try:
-            self._refusal = NO_JOB
-            job = _read(ask.header.get("job"))
-            self._policy.admit_time(self._clock())
-            self._policy.admit_job(job, self._own)
-            answer = self._within(self._allowance(), ask)
-            if "failed" not in answer.header:
-                self._admit_client(job, answer)
-                self._refusal = None
-            return answer
-        except FedtuneError as error:
-            self._refusal = str(error)
-            raise
-
-    def _admit_client(self, job: Job, hello: Envelope) -> None:
-        """What is known only when model and data are there."""
-        self._policy.admit_base(str(hello.header["base"]))
-        self._policy.admit_rank(int(hello.header["rank"]))
-        self._policy.admit_steps(job.train.steps_for(int(hello.header["examples"])))
+        self._policy.admit_time(self._clock())
+        return self._within(Allowance(max_steps=0, evaluation=False, columns=self._policy.reads), ask)
 
     def _worked(self, ask: Envelope) -> Envelope:
-        if self._refusal is not None:
-            raise ClientFailed(self._refusal)
         run, round, when = str(ask.header.get("run")), _round(ask), self._clock()
         self._policy.admit_ask(str(ask.header.get("kind")), run, round, self._diary, when)
         used = self._diary.used(run, round, when)
@@ -103,16 +121,13 @@ class Obedient:
         with within(allowance):
             answer = self._answers.answer(ask)
         allowance.check()  # what took too long does not leave
-        if "failed" in answer.header:
-            log.warning("could not answer: %s", answer.header["failed"])
         return answer
 
-    def _allowance(self, used: Used | None = None) -> Allowance:
-        """Without `used`, that of a hello, which is of no round."""
-        policy, none = self._policy, math.inf
-        seconds = none if used is None else policy.max_seconds or none
-        already = (0, 0.0) if used is None else (used.steps, used.seconds)
-        return Allowance(policy.max_steps or none, seconds, policy.evaluation, policy.reads, *already, self._ticks)
+    def _allowance(self, used: Used) -> Allowance:
+        """What is left of the round."""
+        policy = self._policy
+        steps, seconds = policy.max_steps or math.inf, policy.max_seconds or math.inf
+        return Allowance(steps, seconds, policy.evaluation, policy.reads, used.steps, used.seconds, self._ticks)
 
 
 def _read(given: Any) -> Job:
