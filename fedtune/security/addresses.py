@@ -32,7 +32,8 @@ def host_name(text: str) -> str:
     """A DNS name in ASCII or an IP address, as a certificate has it."""
     if as_ip(text) is not None:
         return str(as_ip(text))
-    if not 0 < len(text) < 254 or not all(DNS_LABEL.fullmatch(label) for label in text.removesuffix(".").split(".")):
+    labels = text.removesuffix(".").split(".")
+    if len(text) > 253 or labels[-1].isdigit() or not all(DNS_LABEL.fullmatch(label) for label in labels):
         raise KeysError(f"{text!r} is neither the name of a machine nor its IP address; wanted fl.example.org or 10.0.0.5")
     return text.removesuffix(".").lower()
 

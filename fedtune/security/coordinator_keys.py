@@ -26,6 +26,7 @@ from fedtune.security.certificates import (
 )
 from fedtune.security.keyfiles import (
     OTHERS,
+    is_absent,
     load_sealing_key,
     load_signing_key,
     load_tls_key,
@@ -33,6 +34,7 @@ from fedtune.security.keyfiles import (
     public_text,
     read_public,
     read_table,
+    removed_on_error,
     save_pem,
     write_public,
     write_table,
@@ -63,25 +65,21 @@ class CoordinatorKeys:
         place, authority = parsed(address), make_authority()
         server = make_server_certificate(authority, [place.host, *names], days)
         keys = cls(folder, Ed25519PrivateKey.generate(), X25519PrivateKey.generate(), str(place))
-        try:
-            make_folder(folder)
+        make_folder(folder)
+        with removed_on_error(*(folder / part for part in PARTS)):
             _save_certificate(folder, "ca", authority)
             _save_certificate(folder, "server", server)
             keys._save_signing()
-        except OSError as error:
-            for part in PARTS:
-                (folder / part).unlink(missing_ok=True)
-            raise KeysError(f"{folder} cannot be written: {error.strerror}; name another folder with --keys") from error
         return keys
 
     @classmethod
     def load(cls, folder: Path) -> CoordinatorKeys:
         """Every private file is checked, and that the halves belong together. `ca.key` may be kept elsewhere."""
         public = cls.public(folder)
-        signing, sealing = (
-            load_signing_key(folder / "signing.key"),
-            load_sealing_key(folder / "sealing.key"),
-        )
+        signing = load_signing_key(folder / "signing.key")
+        sealing = load_sealing_key(folder / "sealing.key")
+        if (folder / "ca.key").exists():
+            load_tls_key(folder / "ca.key")
         if (public["verify"], public["seal"]) != (public_text(signing.public_key()), public_text(sealing.public_key())):
             raise KeysError(
                 f"signing.key or sealing.key in {folder} is not that of coordinator.toml; type `fedtune keys rotate signing`"
@@ -93,9 +91,12 @@ class CoordinatorKeys:
     @classmethod
     def public(cls, folder: Path) -> dict[str, str]:
         """coordinator.toml: verify, seal, address, created."""
-        if not (folder / "coordinator.toml").is_file():
-            raise KeysError(f"no keys in {folder}; wanted the folder that `fedtune keys init` made, named with --keys")
-        return read_table(folder / "coordinator.toml", ("verify", "seal", "address"))
+        try:
+            return read_table(folder / "coordinator.toml", ("verify", "seal", "address"))
+        except KeysError as error:
+            if is_absent(error):
+                raise KeysError(f"no keys in {folder}; wanted the folder of `fedtune keys init`, given with --keys") from error
+            raise
 
     @classmethod
     def registry_in(cls, folder: Path) -> Registry:

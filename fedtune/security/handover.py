@@ -24,6 +24,7 @@ from fedtune.security.addresses import address, client_name
 from fedtune.security.certificates import expires
 from fedtune.security.coordinator_keys import CoordinatorKeys
 from fedtune.security.keyfiles import (
+    is_absent,
     load_node_key,
     load_signing_key,
     make_folder,
@@ -153,13 +154,8 @@ def renew_client_files(keys: CoordinatorKeys) -> list[str]:
 def _client_table(folder: Path) -> dict[str, str]:
     """Flat: a key of a section has the section's name before it."""
     path = folder / "client.toml"
-    if not path.exists() and (folder / "network").is_dir():
-        raise KeysError(
-            f"{folder} has no client.toml: the coordinator's half is missing. After `fedtune keys register "
-            f"{folder.name}.request.toml` there, copy its bundles/{folder.name} over {folder}"
-        )
     try:
-        table = tomllib.loads(read_public(path).decode())
+        table = tomllib.loads(_client_file(path).decode())
         sections = {f"{section}.{key}": table[section][key] for section, key in SECTIONS}
     except (ValueError, KeyError, TypeError) as error:
         raise KeysError(f"{path} is not of a bundle ({error!r}); wanted the folder from `fedtune keys client NAME`") from error
@@ -168,6 +164,19 @@ def _client_table(folder: Path) -> dict[str, str]:
     if texts.keys() != found.keys():
         raise KeysError(f"{path} is not of a bundle: a value is missing or no text; take the file from the coordinator again")
     return texts
+
+
+def _client_file(path: Path) -> bytes:
+    try:
+        return read_public(path)
+    except KeysError as error:
+        if is_absent(error) and (path.parent / "network").is_dir():
+            name = path.parent.name
+            raise KeysError(
+                f"{path.parent} has no client.toml: the coordinator's half is missing. After `fedtune keys register "
+                f"{name}.request.toml` there, copy its bundles/{name} over {path.parent}"
+            ) from error
+        raise
 
 
 def _foreign(path: Path, name: str) -> KeysError:

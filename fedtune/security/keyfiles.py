@@ -11,7 +11,8 @@ import os
 import stat
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,8 +46,11 @@ UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm)
 
 def make_folder(folder: Path) -> None:
     """For its owner alone, and so are the folders that are made above it."""
-    for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
-        missing.mkdir(mode=0o700)
+    try:
+        for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+            missing.mkdir(mode=0o700)
+    except OSError as error:
+        raise KeysError(f"{folder} cannot be made: {error.strerror}") from error
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -59,16 +63,25 @@ def write_public(path: Path, data: bytes) -> None:
 
 
 def _write(path: Path, data: bytes, mode: int) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # O_EXCL and 0600
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # O_EXCL and 0600
+        with removed_on_error(Path(temporary)), os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
+    except OSError as error:
+        raise KeysError(f"{path} cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def removed_on_error(*paths: Path) -> Iterator[None]:
+    try:
+        yield
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        for path in paths:
+            path.unlink(missing_ok=True)
         raise
 
 
@@ -89,8 +102,12 @@ def read_public(path: Path) -> bytes:
 def _opened(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
-    except OSError as error:
+    except OSError as error:  # kept as the cause: who asks for the file may know more about its absence
         raise KeysError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def is_absent(error: KeysError) -> bool:
+    return isinstance(error.__cause__, FileNotFoundError)
 
 
 def read_table(path: Path, wanted: Iterable[str]) -> dict[str, str]:

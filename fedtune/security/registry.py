@@ -106,6 +106,6 @@ class Registry:
 def _taken(record: ClientRecord) -> str:
     state = f"is revoked since {record.revoked}" if record.revoked else f"is registered since {record.registered}"
     return (
-        f"{record.name} {state}; for new keys type `fedtune keys rotate client {record.name}`, "
-        f"to shut it out `fedtune keys revoke {record.name}`"
+        f"{record.name} {state}; for new keys type `fedtune keys rotate client {record.name}` "
+        f"(with a request: `fedtune keys register … --replace`), to shut it out `fedtune keys revoke {record.name}`"
     )
