@@ -42,8 +42,10 @@ class Words:
 
     def title(self, job: Job, clients: Mapping[str, int]) -> str:
         name = self.say(f"{job.name}: {job.strategy.name}", 60)
-        examples = units.plural(sum(clients.values()), "training example")
-        return f"{name}, {units.plural(job.rounds.count, 'round')}, {units.plural(len(clients), 'client')}, {examples}"
+        words = [name, units.plural(job.rounds.count, "round"), units.plural(len(clients), "client")]
+        if examples := sum(clients.values()):  # across machines only the coordinator's process knows
+            words.append(units.plural(examples, "training example"))
+        return ", ".join(words)
 
     def line(self, record: RoundRecord, change: float | None, planned: int) -> str:
         """One round as one plain line."""

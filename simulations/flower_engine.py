@@ -12,6 +12,7 @@ from client.loading import load_tokenizer, pick_device
 from client.trainer import with_labels
 from fedtune.errors import UserError
 from fedtune.job import Job
+from server.following import as_seen_anywhere
 from server.records import Watcher
 from server.run_folder import require_free
 from simulations.flower_client import MEMORY
@@ -35,7 +36,7 @@ def run_with_flower(job: Job, folder: Path, watcher: Watcher) -> None:
     watcher.started(job, training_examples(job, sources))
     with tempfile.TemporaryDirectory(prefix="ft") as home, FlowerProcesses(Path(home), ray_environment(home)) as flower:
         flower.superlink("--simulation")
-        run_through(flower, job, folder, "simulations.flower_client:app", watcher, "--federation-config", federation(job))
+        run_through(flower, job, folder, "simulations.flower_client:app", watcher, federation(job))
     forget(folder / MEMORY)
 
 
@@ -52,24 +53,6 @@ def training_examples(job: Job, sources: dict[str, Source]) -> dict[str, int]:
     tokenizer = load_tokenizer(job)
     settings = job.data, job.model.task, tokenizer, job.seed, job.model.label_names
     return {client: len(load_client(source, *settings).train) for client, source in sources.items()}
-
-
-def as_seen_anywhere(job: Job, clients: int) -> Job:
-    """The job with its number of clients, and absolute paths: Flower's processes run in another folder."""
-    strategy, colon, attribute = job.strategy.name.rpartition(":")
-    changes = {
-        "clients": {"count": clients},
-        "data": {"path": _absolute(job.data.path)},
-        "model": {"path": _absolute(job.model.path)},
-        "strategy": {"name": f"{_absolute(strategy)}{colon}{attribute}"},
-    }
-    return job.model_copy(update={name: getattr(job, name).model_copy(update=keys) for name, keys in changes.items()})
-
-
-def _absolute(path: str) -> str:
-    """Names that are no path here, such as a hub id or a module, stay as they are."""
-    there = Path(path).expanduser()
-    return str(there.absolute()) if path and there.exists() else path
 
 
 def federation(job: Job) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +12,9 @@ import psutil
 import pytest
 import torch
 
-from fedtune.errors import FedtuneError, RunFolderError, UserError
+from fedtune.errors import RunFolderError, UserError
 from fedtune.job import Job, checked_job
+from server.following import Progress
 from server.records import RoundRecord
 from server.watchers import Quiet
 from simulations import flower_engine
@@ -22,7 +22,6 @@ from simulations.engine import simulate
 from simulations.flower_client import Worker
 from simulations.flower_engine import as_seen_anywhere, federation, run_with_flower
 from simulations.flower_processes import FlowerProcesses, ProcessDied, end, started_in
-from simulations.flower_run import Progress, run_id, status_of
 
 WEIGHTS = Path("adapter", "adapter_model.safetensors")
 
@@ -94,24 +93,6 @@ def test_progress_tells_of_each_whole_line_once(tmp_path: Path) -> None:
     metrics.write_text(lines[0] + lines[1])
     progress.show()
     assert [record.round for record in told.records] == [0, 1]
-
-
-def test_the_run_s_id_is_read_or_what_flower_said_is_told() -> None:
-    assert run_id("Using SuperLink\nSuccessfully started run 14854621879415700784\n") == "14854621879415700784"
-    with pytest.raises(FedtuneError, match="did not take the run: no such app"):
-        run_id("no such app")
-
-
-def test_the_status_of_a_run_is_read_with_the_reason_of_its_end(flower: FlowerProcesses) -> None:
-    says = {"runs": [{"status": "finished:failed", "status-details": "ServerApp failed with exception: round 1: nobody"}]}
-    program = flower.folder / "flwr"
-    program.write_text(f"#!/bin/sh\necho '{json.dumps(says)}'\n")
-    program.chmod(0o755)
-    flower.environment["PATH"] = f"{flower.folder}{os.pathsep}{os.environ['PATH']}"
-    assert status_of(flower, "7") == ("finished:failed", "round 1: nobody")
-    program.write_text("#!/bin/sh\necho oops\n")
-    with pytest.raises(FedtuneError, match="does not say how the run stands: oops"):
-        status_of(flower, "7")
 
 
 STUBBORN_CHILD = """

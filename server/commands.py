@@ -1,0 +1,107 @@
+"""`fedtune server`, and what looks at a running server or client from outside: `status`, `stop`, `logs`.
+
+Exit codes: 0 done, 1 the run failed or nothing is alive, 2 something that the user must mend, 130 and 143 stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Folder = Annotated[Path, typer.Option("--dir", help="Its folder: state, logs, database.")]
+Json = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    for command in (server, status, stop, logs):
+        app.command()(command)
+
+
+def server(
+    job: Annotated[str, typer.Argument(help="A job file, or the name of a scenario that is shipped: demo.")],
+    folder: Folder,
+    host: Annotated[str, typer.Option(help="IP address to listen on.")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    keys: Annotated[Path | None, typer.Option(help="What `fedtune keys init` made; absent is keys in --dir.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; absent is runs/<name of the job> in --dir.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value for any key of the job, as often as needed.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option(help="No TLS, no keys, no signatures: on loopback only.")] = False,
+    insecure_anywhere: Annotated[bool, typer.Option(help="The same on any address: whoever reaches it can do all.")] = False,
+    wait: Annotated[float | None, typer.Option(min=0, help="Seconds to wait for clients; absent is for ever.")] = None,
+) -> None:
+    """Run a job with clients on other machines: wait for them, show the rounds, end with the run."""
+    from rich.console import Console
+
+    from server.settings import checked
+    from server.signals import stoppable
+    from server.supervisor import serve
+
+    given = checked(job, folder, host, port, keys, out, set_ or [], insecure, insecure_anywhere, wait)
+    try:
+        with stoppable():
+            serve(given, Console())
+    except KeyboardInterrupt as stopped:
+        kept = f"finished rounds are in {given.run}, " if given.run.is_dir() else "no round was finished, "
+        typer.echo(f"fedtune: stopped; {kept}logs in {given.folder / 'logs'}", err=True)
+        raise typer.Exit(getattr(stopped, "exit_code", 130)) from stopped
+    say_where(given.run)
+
+
+def say_where(run: Path) -> None:
+    """Writes the report of a finished run, and says where everything is and how to load it."""
+    from server.report import loading_lines, write_report
+    from server.report_folder import read_run
+
+    report, found = write_report(run), read_run(run)
+    typer.echo(f"report:  {report}\n{found.published + ':':<8} {run / found.published}, loaded with:\n")
+    typer.echo(loading_lines(found, run))
+
+
+def status(folder: Folder, json_: Json = False) -> None:
+    """Say how a server or client stands: phase, round, loss, who is connected. Exit code 1 where nothing is alive."""
+    from server.standing import Standing
+
+    standing = Standing.read(folder)
+    typer.echo(json.dumps(standing.as_json(), indent=1) if json_ else "\n".join(standing.lines()))
+    if not standing.well:
+        raise typer.Exit(1)
+
+
+def stop(folder: Folder, json_: Json = False) -> None:
+    """End a server or client and everything that it has started, and wait until it is gone."""
+    from server.stopping import stop_in
+
+    done = stop_in(folder)
+    typer.echo(json.dumps(done.as_json()) if json_ else done.words)
+
+
+def logs(
+    folder: Folder,
+    process: Annotated[str | None, typer.Argument(help="Such as superlink, run, trainer; absent is all.")] = None,
+    follow: Annotated[bool, typer.Option(help="Go on with what comes, until its server or client ends.")] = False,
+    lines: Annotated[int, typer.Option(min=0, help="How many of the last lines of each.")] = 50,
+    json_: Json = False,
+) -> None:
+    """Show what the processes of a server or client have written."""
+    from server.loglines import coming_lines, last_lines, logs_in
+    from server.standing import Standing
+
+    found = logs_in(folder, process)
+
+    def show(name: str, line: str) -> None:
+        typer.echo(json.dumps({"process": name, "line": line}) if json_ else line if process else f"{name}: {line}")
+
+    for name, log in found.items():
+        for line in last_lines(log, lines):
+            show(name, line)
+    if follow:
+        try:
+            for name, line in coming_lines(found, lambda: Standing.read(folder).state.alive):
+                show(name, line)
+        except KeyboardInterrupt as stopped:
+            raise typer.Exit(130) from stopped

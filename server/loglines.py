@@ -1,0 +1,62 @@
+"""The logs of a server's or client's processes as lines: the last ones, and those that come."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from fedtune.errors import UserError, nearest
+from fedtune.processes import tail
+
+POLL = 0.3  # seconds
+LONGEST = 400  # bytes that one line is reckoned with, to find the last ones of a large file
+CONTROL = re.compile(
+    r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+)  # a log holds words of others: no terminal codes
+
+
+def logs_in(folder: Path, process: str | None) -> dict[str, Path]:
+    """Process -> its log; of one alone where it is named."""
+    found = {file.stem: file for file in sorted((folder / "logs").glob("*.log"))}
+    if not found:
+        raise UserError(f"{folder} holds no logs; wanted the --dir of a `fedtune server` or `fedtune client`")
+    if process is None:
+        return found
+    if process not in found:
+        raise UserError(f"{folder} holds no log of '{process}'{nearest(process, found)}; there are: {', '.join(found)}")
+    return {process: found[process]}
+
+
+def last_lines(log: Path, count: int) -> list[str]:
+    size = log.stat().st_size
+    reach = LONGEST * (count + 1)
+    text = tail(log, reach)
+    lines = text.split("\n")[1 if reach < size else 0 :]
+    return [CONTROL.sub("", line) for line in (lines[:-1] if lines and not lines[-1] else lines)][-count:] if count else []
+
+
+def coming_lines(logs: dict[str, Path], alive: Callable[[], bool]) -> Iterator[tuple[str, str]]:
+    """Process and line, as they are written, until nothing is alive that would write."""
+    seen = {name: log.stat().st_size for name, log in logs.items()}
+    going = True
+    while going:
+        going = alive()  # looked at first, so that its last words are read
+        for name, log in logs.items():
+            for line in _from(log, seen, name):
+                yield name, CONTROL.sub("", line)
+        if going:
+            time.sleep(POLL)
+
+
+def _from(log: Path, seen: dict[str, int], name: str) -> Iterator[str]:
+    """Whole lines after what was seen; a log that has become shorter is read anew."""
+    seen[name] = seen[name] if seen[name] <= log.stat().st_size else 0
+    with log.open("rb") as file:
+        file.seek(seen[name])
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            seen[name] += len(line)
+            yield line.decode(errors="replace").rstrip("\n")

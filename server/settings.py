@@ -1,0 +1,133 @@
+"""What `fedtune server` was given, checked before anything is started."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+
+from fedtune.daemon import State
+from fedtune.errors import KeysError, UserError
+from fedtune.job import Job, load_job
+from fedtune.paths import app_root
+from fedtune.security.addresses import Address, address
+from fedtune.security.certificates import certificate_problem
+from fedtune.security.coordinator_keys import CoordinatorKeys
+from server.run_folder import require_free
+
+HERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # how the machine itself reaches what listens everywhere
+
+
+@dataclass(frozen=True)
+class Settings:
+    job: Job
+    folder: Path  # of the server: database, logs, state
+    run: Path  # of what the run makes
+    listens: Address
+    keys: CoordinatorKeys | None  # None: neither TLS nor identities nor signatures
+    patience: float | None = None  # seconds to wait for clients; None is for ever
+
+    @property
+    def here(self) -> str:
+        """The SuperLink as this machine reaches it."""
+        return str(Address(HERE.get(self.listens.host, self.listens.host), self.listens.port))
+
+    @property
+    def ca(self) -> Path | None:
+        return self.keys.tls()[0] if self.keys else None
+
+    def registered(self) -> dict[str, bool] | None:
+        """Client -> whether it is revoked; None where nobody is known by name."""
+        if self.keys is None:
+            return None
+        return {name: bool(record.revoked) for name, record in self.keys.registry.clients().items()}
+
+    def superlink(self) -> list[str]:
+        """The command that starts it."""
+        options = ["--host", self.listens.host, "--port", str(self.listens.port)]
+        options += ["--database", str(self.folder / "superlink.db")]
+        if self.keys is None:
+            return [sys.executable, "-m", "server.superlink", *options, "--insecure"]
+        ca, certificate, key = map(str, self.keys.tls())
+        tls = ["--ssl-ca-certfile", ca, "--ssl-certfile", certificate, "--ssl-keyfile", key]
+        return [sys.executable, "-m", "server.superlink", *options, *tls, "--enable-supernode-auth"]
+
+
+def job_file(job: str) -> Path:
+    """A file, or the name of a scenario that is shipped."""
+    scenario = app_root() / "simulations" / "scenarios" / f"{job}.toml"
+    return scenario if scenario.is_file() and not Path(job).is_file() else Path(job)
+
+
+def checked(
+    job: str,
+    folder: Path,
+    host: str,
+    port: int,
+    keys: Path | None = None,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+    insecure: bool = False,
+    anywhere: bool = False,
+    patience: float | None = None,
+) -> Settings:
+    """Raises UserError with what is to be mended; then nothing was written and nothing runs."""
+    folder = folder.absolute()
+    require_nobody(folder)
+    checked_job = load_job(job_file(job), overrides)
+    run = (out or folder / "runs" / checked_job.name).absolute()
+    require_free(run)
+    require_address(host)
+    if insecure or anywhere:
+        require_loopback(host, anywhere)
+    own = None if insecure or anywhere else checked_keys(keys or folder / "keys", HERE.get(host, host))
+    require_port(host, port)
+    return Settings(checked_job, folder, run, Address(host, port), own, patience)
+
+
+def require_nobody(folder: Path) -> None:
+    if (folder / "state.json").is_file() and (state := State.read(folder)).alive:
+        raise UserError(
+            f"a fedtune {state.role} runs in {folder} already (pid {state.pid}); `fedtune stop --dir {folder}` ends it"
+        )
+
+
+def require_address(host: str) -> None:
+    try:
+        ip_address(host)
+    except ValueError as error:
+        raise UserError(f"--host {host} is no IP address; wanted 0.0.0.0 for all, or one of this machine") from error
+
+
+def require_loopback(host: str, anywhere: bool) -> None:
+    if not anywhere and not ip_address(host).is_loopback:
+        raise UserError(
+            f"--insecure on {host} would let everybody who reaches it read and change the run; type --host 127.0.0.1, "
+            "leave --insecure out (`fedtune keys init` makes keys), or write out --insecure-anywhere"
+        )
+
+
+def checked_keys(folder: Path, host: str) -> CoordinatorKeys:
+    """Keys that clients will trust: the certificate holds now, for this machine and for the address in their bundles."""
+    keys = CoordinatorKeys.load(folder.absolute())
+    ca, certificate, _ = keys.tls()
+    for name in (host, address(keys.address).host):
+        if problem := certificate_problem(certificate.read_bytes(), ca.read_bytes(), name):
+            raise KeysError(f"{certificate}: {problem}")
+    return keys
+
+
+def require_port(host: str, port: int) -> None:
+    """Raises UserError where nothing could listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"nothing can listen on {Address(host, port)}: {error.strerror}; name another with --port"
+            ) from error

@@ -1,0 +1,85 @@
+"""How a server or client stands, read from its folder alone: what `fedtune status` shows and `fedtune stop` looks at."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.daemon import OVER, State
+from server.report_units import duration, loss, one_line
+
+GONE = "gone"  # ended without a last word: killed, or the machine was
+
+
+@dataclass(frozen=True)
+class Standing:
+    state: State
+    last: Mapping[str, Any]  # the last line of `metrics.jsonl`
+
+    @classmethod
+    def read(cls, folder: Path) -> Standing:
+        """Raises UserError where nothing was started."""
+        state = State.read(folder)
+        run = state.run.get("folder")
+        return cls(state, last_line(Path(run) / "metrics.jsonl") if run else {})
+
+    @property
+    def phase(self) -> str:
+        return self.state.phase if self.state.alive or self.state.phase in OVER else GONE
+
+    @property
+    def well(self) -> bool:
+        return self.state.alive or self.state.phase == "finished"
+
+    def as_json(self) -> dict[str, Any]:
+        run = {**self.state.run, **({"round": self.last["round"], "loss": self.last["loss"]} if self.last else {})}
+        return {**asdict(self.state), "phase": self.phase, "alive": self.state.alive, "run": run}
+
+    def lines(self) -> Iterator[str]:
+        state = self.state
+        named = f" {state.name}" if state.name else ""
+        yield f"{state.role}{named}: {self.phase}{': ' * bool(state.why)}{one_line(state.why, 1000)}"
+        if state.alive:
+            yield f"  since      {duration(time.time() - state.started)}, pid {state.pid}"
+        if state.address:
+            yield f"  address    {state.address}"
+        if state.run:
+            yield f"  run        {self._run()}"
+        groups = {"clients": state.clients, "guards": state.guards}
+        for title, group in groups.items():
+            for words, names in by_word(group).items():
+                yield f"  {title:<10} {one_line(words, 200)}: {one_line(', '.join(names), 1000)}"
+        for name, process in state.processes.items():
+            yield f"  {'process':<10} {name}: {process_words(process)}"
+
+    def _run(self) -> str:
+        run, last = self.as_json()["run"], self.last
+        words = f"{run.get('name')}: round {run.get('round', 0)} of {run.get('rounds', '?')}"
+        if last and last["loss"] is not None:
+            words += f", held-out loss {loss(last['loss'])}"
+        return one_line(f"{words}, in {run.get('folder')}", 1000)
+
+
+def process_words(process: Mapping[str, Any]) -> str:
+    pid, restarts = process.get("pid"), process.get("restarts", 0)
+    return (f"pid {pid}" if pid else "not running") + (f", started again {restarts} times" if restarts else "")
+
+
+def by_word(group: Mapping[str, str]) -> dict[str, list[str]]:
+    """connected: a, b; missing: c."""
+    found: dict[str, list[str]] = {}
+    for name, word in group.items():
+        found.setdefault(word, []).append(name)
+    return found
+
+
+def last_line(metrics: Path) -> dict[str, Any]:
+    """The last whole line; nothing where there is none."""
+    if not metrics.is_file():
+        return {}
+    lines = metrics.read_bytes().split(b"\n")[:-1]  # what follows the last line break is still being written
+    return dict(json.loads(lines[-1])) if lines else {}

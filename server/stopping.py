@@ -1,0 +1,60 @@
+"""`fedtune stop`: asks the process that holds a folder to end, waits until it is gone, and ends what a killed one has left."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fedtune.daemon import State
+from fedtune.errors import FedtuneError
+from fedtune.processes import end, started_in
+
+PATIENCE = 60.0  # seconds: the run is stopped at Flower, and every process ends
+
+
+@dataclass(frozen=True)
+class Stop:
+    role: str
+    pid: int
+    stopped: bool  # it was alive, and is no longer
+    left: int  # processes that one before it had left, ended now
+    phase: str  # that it said last
+
+    @property
+    def words(self) -> str:
+        first = f"the {self.role} (pid {self.pid}) is stopped" if self.stopped else f"no {self.role} runs here ({self.phase})"
+        return first + (f"; {self.left} processes that it had left are ended" if self.left else "")
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def stop_in(folder: Path, patience: float = PATIENCE) -> Stop:
+    """Raises UserError where nothing was started, FedtuneError where it does not end."""
+    folder = folder.absolute()
+    state = State.read(folder)
+    alive = state.alive
+    if alive:
+        _end(state, patience)
+    left = started_in(folder)
+    end(left)
+    return Stop(state.role, state.pid, alive, len(left), State.read(folder).phase)
+
+
+def _end(state: State, patience: float) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(state.pid)
+        os.kill(state.pid, signal.SIGTERM)
+        try:
+            process.wait(patience)
+        except psutil.TimeoutExpired as error:
+            raise FedtuneError(
+                f"the {state.role} (pid {state.pid}) still runs {patience:.0f} s after SIGTERM; type `kill -9 {state.pid}` "
+                "and the same command again, which ends what it has started"
+            ) from error

@@ -1,0 +1,175 @@
+"""`fedtune server`: a SuperLink behind its door, the clients of a job, their run, and what is said of it all on the way.
+
+starting -> waiting (for clients) -> running -> finished | failed | stopped
+Everything that is started is ended on every way out. The folder keeps the SuperLink's database, the logs and the last state.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
+
+from rich.console import Console
+
+from fedtune.daemon import State
+from fedtune.errors import FedtuneError, RoundFailed
+from fedtune.job import Job
+from fedtune.processes import Processes, end, started_in, tail
+from fedtune.tending import Tending
+from server.enrolment import Anybody, Enrolment, Standing
+from server.flower_control import Control, NoSuperLink
+from server.following import Progress, as_seen_anywhere, ended, follow, keep_log, require_completed, submit
+from server.records import RoundRecord, Watcher
+from server.said import Said
+from server.settings import Settings
+from server.table import LiveTable
+from server.tensorboard import TensorBoard
+from server.waiting import wait_for, wanted_of
+from server.watchers import Quiet, Several
+
+CLIENTAPP = "client.app:app"
+START = 60.0  # seconds for the SuperLink to answer
+LOOK = 2.0  # seconds between looks at registry and nodes
+FAREWELL = 5.0  # seconds for the log of a run to come to its end
+
+
+def serve(settings: Settings, console: Console) -> None:
+    """Up to the end of the run. Raises RoundFailed where it did not complete."""
+    wanted_of(settings.job, settings.registered())
+    keep_off_proxies(os.environ, settings.listens.host)
+    said = Said(settings.folder, State(role="server", address=str(settings.listens)))
+    with said.to_the_end():
+        end(started_in(settings.folder))  # what a server that was killed has left
+        processes = Processes(settings.folder, logs=settings.folder / "logs")
+        with processes, Control(settings.here, settings.ca) as control:
+            Server(settings, processes, control, said, console).run()
+
+
+def keep_off_proxies(environment: MutableMapping[str, str], host: str) -> None:
+    """Flower's processes talk to the SuperLink on this machine, whatever proxy it has for the world outside."""
+    given = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    direct = ",".join(dict.fromkeys([*filter(None, given.split(",")), "127.0.0.1", "::1", "localhost", host]))
+    environment["no_proxy"] = environment["NO_PROXY"] = direct
+
+
+class Server:
+    """One SuperLink while it is tended, and one run on it."""
+
+    def __init__(self, settings: Settings, processes: Processes, control: Control, said: Said, console: Console) -> None:
+        self._settings, self._processes, self._control = settings, processes, control
+        self._said, self._console = said, console
+        self._tending = Tending(processes)
+        self._enrolment = Enrolment(control, settings.keys.registry) if settings.keys else Anybody(control)
+        self._clients: Mapping[str, Standing] | None = None
+        self._looked = float("-inf")
+        self._told: set[str] = set()
+
+    def run(self) -> None:
+        self._start()
+        self._said.say(phase="waiting")
+        wanted = wanted_of(self._settings.job, self._settings.registered())
+        clients = wait_for(wanted, self.look, self._console, self._settings.patience)
+        there = wanted.there(clients)
+        self._tell(f"connected: {', '.join(there)}")
+        self._play(there)
+
+    def _start(self) -> None:
+        self._tending.keep("superlink", self._settings.superlink())
+        self._said.say(processes=self._tending.as_json())
+        self._processes.until(self._control.answers, f"the SuperLink to answer on {self._settings.here}", START)
+        guarded = "TLS, node keys, signed asks" if self._settings.keys else "INSECURE: no TLS, no keys"
+        self._tell(f"listening on {self._settings.listens} ({guarded})")
+        for run in self._control.unfinished():
+            self._control.stop(run)
+            self._tell(f"run {run}, left by an earlier server, was stopped at Flower")
+
+    def look(self) -> Mapping[str, Standing] | None:
+        """Tends the processes and, now and then, nodes and registry. None while nobody can say who is there."""
+        self._tend()
+        if time.monotonic() - self._looked < LOOK:
+            return self._clients
+        self._looked = time.monotonic()
+        try:
+            self._clients = self._enrolment.step()
+        except NoSuperLink:
+            self._clients = None
+        except FedtuneError as error:  # a file of the registry that cannot be read, a node that has just gone
+            self._tell(str(error))
+        else:
+            for name, problem in self._enrolment.problems.items():
+                self._tell(f"{name}: {problem}")
+            self._said.say(clients=self._clients)
+        return self._clients
+
+    def _tend(self) -> bool:
+        """Whether the SuperLink has ended since the last time."""
+        fallen = self._tending.tend()
+        for name in fallen:
+            log = self._processes.log(name)
+            why = " ".join(tail(log, 300).split())
+            self._tell(f"{name} ended with exit code {self._tending.exit_code(name)} and is started again ({log}): {why}", True)
+        self._said.say(processes=self._tending.as_json())
+        return bool(fallen)
+
+    def _play(self, clients: list[str]) -> None:
+        settings = self._settings
+        job = as_seen_anywhere(settings.job, len(clients))
+        keys = settings.keys.folder if settings.keys else None
+        run = submit(self._control, job, settings.run, settings.folder, CLIENTAPP, keys)
+        about = {"name": job.name, "folder": str(settings.run), "flower": str(run), "round": 0, "rounds": job.rounds.count}
+        self._said.say(phase="running", run=about)
+        log = keep_log(settings.here, settings.ca, run, self._processes.log("run"))
+        try:
+            with LiveTable(self._console) as table, TensorBoard(settings.run) as events:
+                watcher = Several([table, events, Rounds(self._said, table)])
+                watcher.started(job, dict.fromkeys(clients, 0))
+                progress = Progress(settings.run / "metrics.jsonl", watcher)
+                status, details = follow(self._control, run, progress, lambda: self._between(run))
+        except BaseException:
+            with suppress(FedtuneError):
+                self._control.stop(run)
+            raise
+        log.join(FAREWELL)
+        require_completed(status, details, tail(self._processes.log("run"), 2000))
+
+    def _between(self, run: int) -> None:
+        """A run does not outlive its SuperLink, whose ServerApp ends with it; unless it had ended before."""
+        if self._tend():
+            self._again()
+            if ended(self._control, run) is None:
+                raise RoundFailed(
+                    f"the SuperLink ended with exit code {self._tending.exit_code('superlink')} in the midst of the run, "
+                    f"which was lost with it; finished rounds are in {self._settings.run}, the reason is in "
+                    f"{self._processes.log('superlink')}"
+                )
+        self.look()
+
+    def _again(self) -> None:
+        """Waits for the SuperLink that is started again."""
+        deadline = time.monotonic() + START
+        while not self._control.answers() and time.monotonic() < deadline:
+            self._tend()
+            time.sleep(0.2)
+
+    def _tell(self, words: str, again: bool = False) -> None:
+        """Each thing once, unless it is told `again`."""
+        if again or words not in self._told:
+            self._told.add(words)
+            self._console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+
+class Rounds(Quiet):
+    """Writes the round that was reached into the state, and has the table say how far the run is."""
+
+    def __init__(self, said: Said, table: Watcher) -> None:
+        self._said, self._table, self._planned = said, table, 0
+
+    def started(self, job: Job, clients: Mapping[str, int]) -> None:
+        self._planned = job.rounds.count
+        self._table.doing("rounds", 0, self._planned)
+
+    def round_ended(self, record: RoundRecord) -> None:
+        self._said.say(run={**self._said.state.run, "round": record.round})
+        self._table.doing("rounds", record.round, self._planned)

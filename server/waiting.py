@@ -1,0 +1,121 @@
+"""Waiting for the clients that a job wants: which are there, which are missing, and when it is enough."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.text import Text
+
+from fedtune.errors import RoundFailed, UserError, nearest
+from fedtune.job import Job
+from server.enrolment import Standing
+from server.report_units import duration, one_line
+
+POLL = 0.5  # seconds
+SHOWN = 8  # names in one line
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """`names`: these clients; else any `count` of them; else all that are registered."""
+
+    names: tuple[str, ...] = ()
+    count: int | None = None
+
+    def missing(self, clients: Mapping[str, Standing]) -> list[str]:
+        """Who is waited for, by name; where any of them will do, all that are not there."""
+        asked = self.names or [name for name, standing in clients.items() if standing != "revoked"]
+        return [name for name in asked if clients.get(name) != "connected"]
+
+    def there(self, clients: Mapping[str, Standing]) -> list[str]:
+        return [name for name, standing in clients.items() if standing == "connected" and name in (self.names or clients)]
+
+    def number(self, clients: Mapping[str, Standing]) -> int:
+        return len(self.names) or self.count or sum(standing != "revoked" for standing in clients.values())
+
+    def enough(self, clients: Mapping[str, Standing]) -> bool:
+        return 0 < self.number(clients) <= len(self.there(clients))
+
+
+def wanted_of(job: Job, registered: Mapping[str, bool] | None) -> Wanted:
+    """`registered`: name -> whether it is revoked; None where clients have no names before they come."""
+    if registered is None:
+        count = job.clients.count or len(job.clients.names or ())
+        if not count:
+            raise UserError("without keys nobody knows how many clients there are: type --set clients.count=N")
+        return Wanted(count=count)
+    welcome = [name for name, revoked in registered.items() if not revoked]
+    wanted = Wanted(tuple(job.clients.names or ()), job.clients.count)
+    for name in wanted.names:
+        if registered.get(name, True):
+            why = "is revoked" if name in registered else f"is not registered{nearest(name, welcome)}"
+            raise UserError(f"the job wants the client '{name}', which {why}; `fedtune keys list` shows all")
+    number = len(wanted.names) or wanted.count or 1
+    if number > len(welcome):
+        raise UserError(
+            f"the job wants {number} clients and {len(welcome)} are registered; type `fedtune keys client NAME` for each, "
+            "and hand its bundle over"
+        )
+    return wanted
+
+
+def wait_for(
+    wanted: Wanted, look: Callable[[], Mapping[str, Standing] | None], console: Console, patience: float | None
+) -> Mapping[str, Standing]:
+    """The clients once they are enough. `look` returns None while nobody can say. Raises RoundFailed after `patience`."""
+    began, clients = time.monotonic(), dict[str, Standing]()
+    with Line(console) as line:
+        while True:
+            if (now := look()) is not None:
+                clients = dict(now)
+                if wanted.enough(clients):
+                    return clients
+            waited = time.monotonic() - began
+            line.say(state_of(wanted, clients), waited)
+            if patience is not None and waited > patience:
+                raise RoundFailed(f"waited {duration(patience)} (--wait): {state_of(wanted, clients)}")
+            time.sleep(POLL)
+
+
+def state_of(wanted: Wanted, clients: Mapping[str, Standing]) -> str:
+    there, missing = wanted.there(clients), wanted.missing(clients)
+    words = [f"{len(there)} of {wanted.number(clients) or '?'} clients connected"]
+    words += [f"here: {names(there)}"] if there else []
+    words += [f"missing: {names(missing)}"] if missing else []
+    return one_line("; ".join(words), 1000)
+
+
+def names(given: list[str]) -> str:
+    more = [f"and {len(given) - SHOWN} more"] if len(given) > SHOWN else []
+    return ", ".join([*given[:SHOWN], *more])
+
+
+class Line:
+    """One line that changes; where nobody can watch, one whenever what it says has changed."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._said = console, ""
+        self._spinner = Spinner("dots")
+        watched = console.is_terminal and not console.is_dumb_terminal
+        self._live = Live(self._spinner, console=console, transient=True) if watched else None
+
+    def __enter__(self) -> Line:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, words: str, waited: float) -> None:
+        if self._live is not None:
+            self._spinner.update(text=Text(f"{words}  ({duration(waited)})", no_wrap=True, overflow="ellipsis"))
+        elif words != self._said:
+            self._console.print(f"waiting: {words}", markup=False, highlight=False, soft_wrap=True)
+        self._said = words
