@@ -43,7 +43,9 @@ def init(
 
     made = CoordinatorKeys.init(keys, names, address or str(Address(host_name(names[0]), 8000)), days)
     typer.echo(f"keys of {made.address} are in {keys}; they stay on this machine, keep a copy of them offline")
-    typer.echo(f"next: `fedtune keys client NAME --keys {keys}` for each client, then `fedtune server`")
+    typer.echo(
+        f"next: `fedtune keys client NAME --keys {keys}` for each client, then `fedtune server JOB --dir DIR --keys {keys}`"
+    )
 
 
 @keys_app.command()
