@@ -1,25 +1,25 @@
 """The trainer's process: holds model and data, and answers the asks that the relay brings over a unix socket.
 
 It starts before there is a job. The first ask of a run, `hello`, brings the job; model and data are loaded then, and kept.
-An ask comes through three doors: it must be the coordinator's own (client/signed.py), the policy must allow it
-(client/obedient.py), and there must be a job (client/resident.py).
+Before anything else, and before libraries start their threads, it gives up what it does not need (client/guards.py).
 """
 
 from __future__ import annotations
 
-import argparse
+import grp
+import json
 import logging
+import os
+import pwd
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
-from client.resident import Answers, Resident
-from client.service import serve
-from client.signed import Signed
+from client.guards import Guard, raise_guards
 from client.trainer_options import parser
 from fedtune.errors import UserError
-from fedtune.security.handover import Bundle
 
 log = logging.getLogger("fedtune.trainer")
 
@@ -27,9 +27,12 @@ log = logging.getLogger("fedtune.trainer")
 def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     given = parser().parse_args(arguments)
+    tell_guards(raise_guards(other_users=given.relay_user is not None), given.dir)
+    from client.doors import doors_of
+    from client.service import serve
+
     try:
-        doors = doors_of(given)
-        server = serve(doors.answer, given.socket)
+        server = serve(doors_of(given).answer, given.socket, *peers_of(given.relay_user))
     except UserError as error:
         log.error("%s", error)
         return 2
@@ -40,29 +43,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def doors_of(given: argparse.Namespace) -> Answers:
-    """Raises UserError, before anything listens."""
-    bundle = Bundle.load(given.bundle, "trainer") if given.bundle else None
-    given.client = given.client or (bundle.name if bundle else None)
-    if not given.client:
-        raise UserError("--insecure needs the client's name too: --client NAME")
-    if bundle and given.client != bundle.name:
-        raise UserError(f"--client {given.client} was given, and {given.bundle} is the bundle of '{bundle.name}'")
-    resident = Resident(builder(given), given.dir)
-    return Signed(resident, bundle, given.dir) if bundle else resident
+def tell_guards(guards: Sequence[Guard], folder: Path | None) -> None:
+    """In the log, and for `fedtune status`."""
+    for guard in guards:
+        log.log(logging.INFO if guard.on else logging.WARNING, "guard %s", guard)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "guards.json").write_text(json.dumps([asdict(guard) for guard in guards]), encoding="utf-8")
 
 
-def builder(given: argparse.Namespace) -> Callable[[dict[str, Any]], Answers]:
-    def build(job: dict[str, Any]) -> Answers:
-        from client.trainer import Trainer
-        from fedtune.job import checked_job
-
-        resolved = checked_job(job, "the coordinator's job")
-        limits = {name: getattr(given, name) for name in ("layers", "memory", "seconds") if getattr(given, name)}
-        own = {"model": given.model, "data": given.data, "directory": given.dir, "budget": given.budget}
-        return Trainer.for_node(given.client, resolved, **own, limits=limits)
-
-    return build
+def peers_of(user: str | None) -> tuple[set[int], str | None]:
+    """Who may connect to the socket, and the group that must reach it for that. Raises UserError."""
+    if user is None:
+        return {os.geteuid()}, None
+    try:
+        entry = pwd.getpwnam(user)
+    except KeyError as error:
+        raise UserError(f"--relay-user {user}: there is no such user; wanted the one that the network half runs as") from error
+    return {entry.pw_uid}, grp.getgrgid(entry.pw_gid).gr_name
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from client.trainer import Trainer
-from client.trainer_main import builder
+from client.doors import builder
 from client.trainer_options import parser
 from fedtune.envelope import Envelope
 from fedtune.job import Job

@@ -1,0 +1,46 @@
+"""The three doors of the trainer that an ask comes through, one behind the other.
+
+It must be the coordinator's own (client/signed.py), the policy must allow it (client/obedient.py), and there must be a job
+(client/resident.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from client.admission import Own
+from client.obedient import Admitting, Obedient
+from client.policy import Policy
+from client.resident import Answers, Resident
+from client.signed import Signed
+from fedtune.errors import UserError
+from fedtune.security.handover import Bundle
+
+
+def doors_of(given: argparse.Namespace) -> Answers:
+    """Raises UserError, before anything listens."""
+    bundle = Bundle.load(given.bundle, "trainer") if given.bundle else None
+    given.client = given.client or (bundle.name if bundle else None)
+    if not given.client:
+        raise UserError("--insecure needs the client's name too: --client NAME")
+    if bundle and given.client != bundle.name:
+        raise UserError(f"--client {given.client} was given, and {given.bundle} is the bundle of '{bundle.name}'")
+    policy = Policy.load(given.policy) if given.policy else Policy()
+    own = Own(given.client, model=bool(given.model), data=bool(given.data))
+    obedient = Obedient(Resident(Admitting(builder(given), policy, own), given.dir), policy, given.dir)
+    return Signed(obedient, bundle, given.dir) if bundle else obedient
+
+
+def builder(given: argparse.Namespace) -> Callable[[dict[str, Any]], Answers]:
+    def build(job: dict[str, Any]) -> Answers:
+        from client.trainer import Trainer
+        from fedtune.job import checked_job
+
+        resolved = checked_job(job, "the coordinator's job")
+        limits = {name: getattr(given, name) for name in ("layers", "memory", "seconds") if getattr(given, name)}
+        own = {"model": given.model, "data": given.data, "directory": given.dir, "budget": given.budget}
+        return Trainer.for_node(given.client, resolved, **own, limits=limits)
+
+    return build
