@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import ssl
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,7 +84,8 @@ class Control:
 
     def submit(self, bundle: Path, config: Mapping[str, str], federation: str = "") -> int:
         """The run's id. `federation`: key=value of Flower's simulation, with spaces between."""
-        content = build_fab_from_disk(bundle)
+        with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):  # of how Flower calls pathspec
+            content = build_fab_from_disk(bundle)
         settings = {key.replace("-", "_"): value for key, value in parse_config_args([federation]).items()}
         request = flower.StartRunRequest(
             fab=fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {})),
