@@ -96,20 +96,27 @@ def _refuse_a_second_trainer(socket: Path) -> None:
 def _listen(socket: Path, group: str | int | None) -> sockets.socket:
     listener = sockets.socket(sockets.AF_UNIX)
     try:
-        if socket.is_socket():
-            socket.unlink()
-        before = os.umask(0o177)  # so that the socket is private from the moment that it exists
-        try:
-            listener.bind(str(socket))
-        finally:
-            os.umask(before)
+        _bind(listener, socket)
         if group is not None:
             _open_to(socket, group)
         listener.listen()
     except OSError as error:
         listener.close()
         raise UserError(f"cannot listen on {socket}: wanted a path in a folder that can be written ({error})") from error
+    except UserError:
+        listener.close()
+        raise
     return listener
+
+
+def _bind(listener: sockets.socket, socket: Path) -> None:
+    if socket.is_socket():
+        socket.unlink()
+    before = os.umask(0o177)  # so that the socket is private from the moment that it exists
+    try:
+        listener.bind(str(socket))
+    finally:
+        os.umask(before)
 
 
 def _open_to(socket: Path, group: str | int) -> None:
