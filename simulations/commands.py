@@ -1,4 +1,5 @@
-"""The command line: `fedtune simulate`, `compare`, `plan`, `strategies`, `report`, `export`. Heavy imports wait until needed.
+"""The command line. Here: `fedtune simulate`, `compare`, `plan`, `strategies`, `report`, `export`; the commands of deployment
+stand in server/commands.py, server/keys_commands.py, client/commands.py, doctor.py and up.py. Heavy imports wait until needed.
 
 Exit codes: 0 done, 1 the run failed, 2 something that the user must mend, 130 stopped with Ctrl-C.
 """
@@ -20,6 +21,9 @@ from rich.console import Console
 from fedtune import __version__
 from fedtune.errors import FedtuneError, RunFolderError, UserError
 from fedtune.paths import app_root
+from server import commands as of_the_server
+from server import keys_commands as of_keys
+from simulations import doctor as of_the_doctor
 
 if TYPE_CHECKING:
     from fedtune.job import Job
@@ -246,3 +250,7 @@ def _free(folder: Path, overwrite: bool) -> Iterator[None]:
         else:
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
+
+
+for commands in (of_the_server, of_keys, of_the_doctor):
+    commands.add_to(app)
