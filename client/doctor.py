@@ -192,7 +192,9 @@ def _lengths(read: ClientData, job: Job) -> Iterator[Finding]:
     found = f"{min(lengths)} to {longest} tokens an example, {median(lengths):g} in the middle; data.max_length is {most}"
     cut = sum(length >= most for length in lengths)
     yield Finding(
-        "data", "ok", f"{found}; {cut} of {len(lengths)} examples are as long as that, so texts may be cut" if cut else found
+        "data",
+        "ok",
+        f"{found}; {cut} of {len(lengths)} are as long: longer texts end there, or go on in the next" if cut else found,
     )
 
 

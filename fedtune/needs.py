@@ -77,8 +77,8 @@ class Needs:
         return (2 if two else 4) * self.weights
 
     def _activations(self, gpu: bool) -> float:
-        """9 rows of the model's width and 4 of the inner layer's for each layer and token, on a CPU also the attention of all to
-        all; recomputed ones are there once."""
+        """9 rows of the model's width and 4 of the inner layer's for each layer and token, on a CPU attention too;
+        recomputed ones are there once."""
         config, train = self._config, self.job.train
         length = min(self.job.data.max_length, getattr(config, "max_position_embeddings", None) or self.job.data.max_length)
         tokens, hidden = (train.micro_batch or train.batch) * length, config.hidden_size
