@@ -14,6 +14,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,35 +58,43 @@ def shorten_waits(loop: ModuleType) -> bool:
 
 
 class Watch(logging.Handler):
-    """Hears httpx's line about each request to the server, and writes the last one down."""
+    """Hears httpx's line about each request to the server, and Flower's warnings, and writes down when they were."""
 
     def __init__(self, file: Path, clock: Callable[[], float] = time.time) -> None:
         super().__init__()
         self._file, self._clock = file, clock
-        self._last: Link | None = None
+        self._link = self._written = Link()
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            _, url, _, status, _ = record.args  # type: ignore[misc]
-            self._heard(urlsplit(str(url)).path, int(str(status)))
+            if record.name == "httpx":
+                self._heard(record)
+            elif record.levelno >= logging.WARNING:
+                self._link = replace(self._link, warned=self._clock())
+            self._write()
         except (TypeError, ValueError, OSError):
-            return  # another line, or a full disk: the SuperNode works on
+            return  # another kind of line, or a full disk: the SuperNode works on
 
-    def _heard(self, path: str, status: int) -> None:
-        now, last = self._clock(), self._last
-        well = now if status < 400 else last.well if last else 0.0
-        link = Link(path, status, now, well)
-        if last is None or last.status != status or now - last.at >= SELDOM:
-            link.write(self._file)
-            self._last = link
+    def _heard(self, record: logging.LogRecord) -> None:
+        _, url, _, answered, _ = record.args  # type: ignore[misc]
+        now, status = self._clock(), int(str(answered))
+        well = now if status < 400 else self._link.well
+        self._link = replace(self._link, path=urlsplit(str(url)).path, status=status, at=now, well=well)
+
+    def _write(self) -> None:
+        new, old = self._link, self._written
+        if new.status != old.status or new.at - old.at >= SELDOM or new.warned - old.warned >= SELDOM:
+            new.write(self._file)
+            self._written = new
 
 
 def watch(file: Path) -> None:
-    file.unlink(missing_ok=True)
+    handler = Watch(file)
     requests = logging.getLogger("httpx")
     requests.setLevel(logging.INFO)
     requests.propagate = False  # otherwise each look would be a line in the log
-    requests.addHandler(Watch(file))
+    requests.addHandler(handler)
+    log.addHandler(handler)
 
 
 def main() -> None:

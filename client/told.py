@@ -19,12 +19,13 @@ MOST = 1 << 20  # bytes of answers.jsonl, after which it begins anew
 
 @dataclass(frozen=True)
 class Link:
-    """What the server answered to the node's last request, and when it last answered one well."""
+    """What the server answered to the node's last request. Times are seconds since the epoch; 0: not yet."""
 
-    path: str  # of the request, such as /v1/fleet/activate-node
-    status: int  # HTTP's
-    at: float  # seconds since the epoch
-    well: float = 0.0  # seconds since the epoch; 0: not since the supernode started
+    path: str = ""  # of the request, such as /v1/fleet/activate-node
+    status: int = 0  # HTTP's; 0: no answer yet
+    at: float = 0.0
+    well: float = 0.0  # the last answer that was none of an error
+    warned: float = 0.0  # the last warning of the SuperNode itself, such as of an attempt that failed
 
     def write(self, file: Path) -> None:
         """Atomic: who reads sees the old one or the new one."""

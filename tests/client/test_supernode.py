@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import httpx
 import pytest
@@ -63,7 +64,7 @@ def test_flower_s_loop_is_the_one_that_we_know() -> None:
     """The two waits stand in its source, and it uses no other part of `time`; a new Flower may change that."""
     source = Path(start_client_internal.__file__).read_text()
     assert importlib.import_module(LOOP) is start_client_internal
-    assert source.count("time.") == source.count("time.sleep(") == 3
+    assert re.findall(r"\btime\.(\w+)", source) == ["sleep"] * 3
     assert source.count(f"time.sleep({IDLE})") == 1
     assert source.count(f"time.sleep({REPLY})") == 2
 
@@ -107,19 +108,42 @@ def test_every_answer_of_the_server_is_heard_from_httpx_itself(file: Path) -> No
     assert (second.path, second.status, second.well) == ("/v1/fleet/activate-node", 401, first.at)
 
 
+def request(status: int) -> logging.LogRecord:
+    """As httpx tells it."""
+    args = ("POST", "http://h/p", "HTTP/1.1", status, "")
+    return logging.LogRecord("httpx", logging.INFO, "", 0, 'HTTP Request: %s %s "%s %d %s"', args, None)
+
+
+def line(level: int, words: str) -> logging.LogRecord:
+    """Of Flower."""
+    return logging.LogRecord("flwr", level, "", 0, words, (), None)
+
+
 def test_the_file_is_written_at_changes_and_once_a_second(tmp_path: Path) -> None:
     clock = Clock()
     heard = Watch(tmp_path / "link.json", clock)
     written = []
     for now, status in ((10.0, 200), (10.5, 200), (11.0, 200), (11.2, 503), (11.4, 503)):
         clock.now = now
-        heard.emit(SimpleNamespace(args=("POST", "http://h/p", "HTTP/1.1", status, "")))  # type: ignore[arg-type]
+        heard.emit(request(status))
         written.append(json.loads((tmp_path / "link.json").read_text())["at"])
     assert written == [10.0, 10.0, 11.0, 11.2, 11.2]
 
 
+def test_a_warning_of_flower_is_noted_with_its_time_and_an_information_is_not(tmp_path: Path) -> None:
+    clock = Clock()
+    heard = Watch(tmp_path / "link.json", clock)
+    clock.now = 10.0
+    heard.emit(line(logging.INFO, "Starting Flower SuperNode"))
+    assert Link.read(tmp_path / "link.json") is None
+    heard.emit(line(logging.WARNING, "Connection attempt failed, retrying in 1 seconds"))
+    assert Link.read(tmp_path / "link.json") == Link(warned=10.0)
+    heard.emit(request(200))
+    assert Link.read(tmp_path / "link.json") == Link("/p", 200, at=10.0, well=10.0, warned=10.0)
+
+
 def test_other_lines_of_httpx_and_files_that_cannot_be_written_are_no_trouble(tmp_path: Path) -> None:
     heard = Watch(tmp_path / "none" / "link.json")
-    for args in ((), ("one",), ("POST", "http://h/p", "HTTP/1.1", 200, "OK")):
-        heard.emit(SimpleNamespace(args=args))  # type: ignore[arg-type]
+    heard.emit(logging.LogRecord("httpx", logging.INFO, "", 0, "another line", ("one",), None))
+    heard.emit(request(200))
     assert Link.read(tmp_path / "none" / "link.json") is None

@@ -1,0 +1,118 @@
+"""`fedtune client`: starts trainer, SuperNode and relay, keeps them running, and says how the client stands.
+
+It never ends by itself: a server that is not there yet, is started again or moves is waited for.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from secrets import token_bytes
+
+import psutil
+
+from client.connection import Connection
+from client.halves import SECRET, Planned, processes, server_of
+from client.handed import Handed
+from client.said import Line, Said, Say
+from client.settings import Settings
+from client.told import ANSWERS, LINK, Follow
+from fedtune.daemon import State
+from fedtune.errors import UserError
+from fedtune.processes import Processes, end, free_port, started_in, tail
+from fedtune.security.keyfiles import write_private
+from fedtune.tending import Tending
+
+LOOK = 0.5  # seconds
+TO_MEND = 2  # exit code of ours: the user has to mend something, so starting again does not help
+OFFLINE = {"HF_HUB_OFFLINE": "1"}  # the trainer has no network: a library that tried would wait for it
+
+
+def serve(settings: Settings, say: Say, stop: threading.Event) -> None:
+    """Until `stop` is set. Raises UserError where one of the processes says that the user has to mend something."""
+    handed = Handed(settings)
+    said = Said(settings.folder, State("client", name=settings.name, address=server_of(settings, handed.bundle)), say)
+    last = {"phase": "failed", "why": ""}
+    try:
+        end(started_in(settings.folder))  # what a client that was killed has left
+        with Processes(settings.folder, OFFLINE | direct(), logs=settings.folder / "logs") as started:
+            client = Client(settings, handed, started, said)
+            while not stop.wait(LOOK):
+                client.step()
+        last = {"phase": "stopped", "why": ""}
+    except Exception as error:
+        last["why"] = " ".join(str(error).split())
+        raise
+    finally:
+        said.be(processes={name: {**about, "pid": None} for name, about in said.state.processes.items()}, **last)
+
+
+def direct() -> dict[str, str]:
+    """The relay finds the SuperNode on this machine, whatever proxy it has for the world outside."""
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = ",".join(dict.fromkeys([*filter(None, given.split(",")), "127.0.0.1"]))
+    return {"no_proxy": hosts, "NO_PROXY": hosts}
+
+
+class Client:
+    """All its processes run when it is made; `step()` twice a second keeps them running."""
+
+    def __init__(self, settings: Settings, handed: Handed, started: Processes, said: Said) -> None:
+        self._settings, self._handed, self._started, self._said = settings, handed, started, said
+        self._tending, self._line = Tending(started), Line(said)
+        self._running: dict[str, Planned] = {}
+        self._answers = Follow(settings.folder / ANSWERS)
+        self._port = free_port() if settings.network else 0
+        if settings.network:
+            (settings.folder / LINK).unlink(missing_ok=True)
+            write_private(settings.folder / SECRET, token_bytes(32))
+        self._begin()
+
+    def step(self) -> None:
+        self._tend()
+        if self._handed.changed():
+            self._take_up()
+        for told in self._answers.new():
+            self._said.answered(told)
+        if self._settings.network:
+            up = self._started.ended("supernode") is None
+            self._line.now(self._connection.why(up), self._connection.server)
+        else:
+            self._said.be(phase="running")
+        self._said.guards()
+        self._said.be(processes=self._tending.as_json())
+
+    def _begin(self) -> None:
+        """Starts what does not run, or has read something of the bundle that is another now."""
+        bundle = self._handed.bundle
+        for name, plan in processes(self._settings, bundle, self._port).items():
+            if plan == self._running.get(name):
+                continue
+            if name in self._running:
+                self._said.say(f"{name} is started again: the bundle has changed")
+                self._end(name)
+            self._tending.keep(name, plan.command)
+            self._running[name] = plan
+            if name == "supernode":
+                self._connection = Connection(
+                    server_of(self._settings, bundle), bundle and bundle.ca, self._settings.folder / LINK
+                )
+
+    def _take_up(self) -> None:
+        if self._handed.problem:
+            self._said.say(f"the bundle has changed, and the old one is used: {self._handed.problem}")
+        else:
+            self._begin()
+
+    def _end(self, name: str) -> None:
+        if pid := self._started.pids().get(name):
+            end([psutil.Process(pid)])
+        self._started.ended(name)
+
+    def _tend(self) -> None:
+        for name in self._tending.tend():
+            code, log = self._tending.exit_code(name), self._started.log(name)
+            last = (tail(log, 500).strip().splitlines() or [""])[-1]
+            if code == TO_MEND:
+                raise UserError(f"{name}: {last} (the log: {log})")
+            self._said.say(f"{name} ended with exit code {code}, and is started again: {last} (the log: {log})")
