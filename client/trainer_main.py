@@ -12,7 +12,6 @@ import logging
 import os
 import pwd
 import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -64,4 +63,6 @@ def peers_of(user: str | None) -> tuple[set[int], str | None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    logging.shutdown()
+    os._exit(code)  # a thread that still trains would keep the process until its ask is done

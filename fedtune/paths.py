@@ -22,3 +22,9 @@ def put_app_on_path() -> None:
 def base_model() -> Path:
     """The small base model that is shipped."""
     return app_root() / "simulations" / "base_model"
+
+
+def job_file(job: str) -> Path:
+    """What a command was given: a file, or the name of a scenario that is shipped."""
+    scenario = app_root() / "simulations" / "scenarios" / f"{job}.toml"
+    return scenario if scenario.is_file() and not Path(job).is_file() else Path(job)

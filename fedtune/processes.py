@@ -20,7 +20,7 @@ import psutil
 from fedtune.errors import FedtuneError
 from fedtune.paths import app_root
 
-POLL = 0.1  # seconds
+POLL, PATIENCE = 0.1, 5.0  # seconds
 
 
 class ProcessDied(FedtuneError):
@@ -30,7 +30,15 @@ class ProcessDied(FedtuneError):
 class Processes:
     """Leaving the `with` ends every process, also those that Flower and Ray have started themselves."""
 
-    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None, logs: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        environment: Mapping[str, str] | None = None,
+        logs: Path | None = None,
+        patience: float = PATIENCE,
+    ) -> None:
+        """`patience`: seconds that a process has to end when it is asked to; then it is killed."""
+        self._patience = patience
         self.folder = folder.absolute()
         self.log_folder = (logs or folder).absolute()
         self.environment = flower_environment(self.folder) | dict(environment or {})
@@ -44,7 +52,7 @@ class Processes:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for process in reversed(self._processes.values()):
             process.terminate()
-        end(started_in(self.folder))
+        end(started_in(self.folder), self._patience)
         for process in self._processes.values():
             process.wait()
 
@@ -131,7 +139,7 @@ def started_in(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def end(processes: Sequence[psutil.Process], patience: float = 5.0) -> None:
+def end(processes: Sequence[psutil.Process], patience: float = PATIENCE) -> None:
     """Asked first, then killed."""
     for process in processes:
         try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from fedtune.daemon import State
 from fedtune.errors import KeysError, UserError
 from fedtune.job import Job, load_job
-from fedtune.paths import app_root
+from fedtune.paths import job_file
 from fedtune.security.addresses import Address, address
 from fedtune.security.certificates import certificate_problem
 from fedtune.security.coordinator_keys import CoordinatorKeys
@@ -54,12 +54,6 @@ class Settings:
         ca, certificate, key = map(str, self.keys.tls())
         tls = ["--ssl-ca-certfile", ca, "--ssl-certfile", certificate, "--ssl-keyfile", key]
         return [sys.executable, "-m", "server.superlink", *options, *tls, "--enable-supernode-auth"]
-
-
-def job_file(job: str) -> Path:
-    """A file, or the name of a scenario that is shipped."""
-    scenario = app_root() / "simulations" / "scenarios" / f"{job}.toml"
-    return scenario if scenario.is_file() and not Path(job).is_file() else Path(job)
 
 
 def checked(

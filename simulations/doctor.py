@@ -57,7 +57,7 @@ def doctor(
 
 def _job(job: str | None, overrides: list[str]) -> Job | None:
     from fedtune.job import load_job
-    from server.settings import job_file
+    from fedtune.paths import job_file
 
     return load_job(job_file(job), overrides) if job else None
 
