@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket as sockets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ OPTIONS = (
 )
 # Seconds to wait for a trainer that may be on its way up.
 PATIENCE = 10.0
+POLL = 0.05  # seconds
 # The parts of an ask that would only make its answer larger.
 ONLY_IN_ASKS = ("job", "roles", "scalars", "stamp", "signature")
 
@@ -57,20 +60,34 @@ def carry(ask: Envelope, socket: Path, patience: float | None = None) -> Envelop
 
     Raises ClientFailed when no trainer takes it within `patience` seconds, or when it dies at work.
     """
+    _await_listener(checked(socket), PATIENCE if patience is None else patience)
     with grpc.insecure_channel(f"unix:{checked(socket)}", options=OPTIONS) as channel:
-        try:
-            grpc.channel_ready_future(channel).result(timeout=PATIENCE if patience is None else patience)
-        except grpc.FutureTimeoutError as error:
-            raise ClientFailed(
-                f"no trainer answers on {socket}; start it on this node: "
-                f"python -m client.trainer_main --client NAME --socket {socket}"
-            ) from error
         try:
             return from_proto(trainer_pb2_grpc.TrainerStub(channel).Answer(to_proto(ask)))
         except grpc.RpcError as error:
+            if "failed to connect" in str(error.details()):
+                raise ClientFailed(
+                    f"no trainer answers on {socket}: it lets other users in, see its log and --relay-user"
+                ) from error
             raise ClientFailed(
                 f"the trainer on {socket} was lost while it worked ({error.code().name}); see its log"
             ) from error
+
+
+def _await_listener(socket: Path, patience: float) -> None:
+    """gRPC's own way to ask whether a channel is ready takes 0.2 s at least. Raises ClientFailed."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            with sockets.socket(sockets.AF_UNIX) as probe:
+                return probe.connect(str(socket))
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise ClientFailed(
+                    f"no trainer answers on {socket} ({error.strerror}); start it on this node: "
+                    f"python -m client.trainer_main --client NAME --socket {socket}"
+                ) from error
+        time.sleep(POLL)
 
 
 def checked(socket: Path) -> Path:
