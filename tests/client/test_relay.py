@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from client import transport
 from client.app import SOCKET, app
-from client.service import serve
 from client.resident import Resident
+from client.service import serve
 from client.transport import carry, failure, from_proto, to_proto
 from fedtune.envelope import Envelope, WireTensor
 from fedtune.errors import ClientFailed, JobError, MalformedMessage, UserError
