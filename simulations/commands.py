@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from client import commands as of_the_client
 from fedtune import __version__
 from fedtune.errors import FedtuneError, RunFolderError, UserError
-from fedtune.paths import app_root
+from fedtune.paths import app_root, job_file
 from server import commands as of_the_server
 from server import keys_commands as of_keys
 from simulations import doctor as of_the_doctor
+from simulations import up as of_one_machine
 
 if TYPE_CHECKING:
     from fedtune.job import Job
@@ -95,7 +97,7 @@ def simulate(
     """Run a job with all its clients on this machine."""
     from fedtune.job import load_job
 
-    checked = load_job(_job_file(job), set_ or [])
+    checked = load_job(job_file(job), set_ or [])
     folder = out or Path("runs") / checked.name
     from server.table import LiveTable
     from server.tensorboard import TensorBoard
@@ -128,7 +130,7 @@ def compare(
     from simulations.sweep_run import sweep
 
     names = [name.strip() for name in strategies.split(",") if name.strip()]
-    planned = plan_cells(_job_file(job), names, seeds, set_ or [], out)
+    planned = plan_cells(job_file(job), names, seeds, set_ or [], out)
     with said_when_stopped("finished cells are kept; the same command plays the others"):
         whole = sweep(planned, processes, Console())
     if not whole:
@@ -144,7 +146,7 @@ def plan(
     """Say who would train what in round 1, in how much memory and time, for how many bytes. Nothing trains."""
     from fedtune.job import load_job
 
-    checked = load_job(_job_file(job), set_ or [])
+    checked = load_job(job_file(job), set_ or [])
     from simulations.plan import plan_job
     from simulations.plan_table import Progress, plan_table
 
@@ -169,7 +171,7 @@ def strategies(
     from fedtune.job import load_job
     from simulations.strategies_table import strategies_table
 
-    checked = load_job(_job_file(job), set_ or []) if job else None
+    checked = load_job(job_file(job), set_ or []) if job else None
     Console().print(strategies_table(checked))
 
 
@@ -223,11 +225,6 @@ def _finish(folder: Path) -> None:
     typer.echo(loading_lines(run, folder))
 
 
-def _job_file(job: str) -> Path:
-    scenario = SCENARIOS / f"{job}.toml"
-    return scenario if scenario.is_file() and not Path(job).is_file() else Path(job)
-
-
 @contextmanager
 def _free(folder: Path, overwrite: bool) -> Iterator[None]:
     """The run folder is free inside. A run that was there comes back if none takes its place: a bad job loses nothing."""
@@ -252,5 +249,5 @@ def _free(folder: Path, overwrite: bool) -> Iterator[None]:
             aside.rename(folder)
 
 
-for commands in (of_the_server, of_keys, of_the_doctor):
+for commands in (of_the_server, of_keys, of_the_client, of_the_doctor, of_one_machine):
     commands.add_to(app)

@@ -1,7 +1,9 @@
-"""The same job over real sockets: a SuperLink, two nodes with their trainers, and the bits of the simulation."""
+"""The same job as it is deployed, over real sockets: TLS, keys, sealed answers, three clients; and the simulation's bits."""
 
 from __future__ import annotations
 
+import io
+import sys
 import tempfile
 import time
 import tomllib
@@ -9,18 +11,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tomli_w
+from rich.console import Console
 
 from fedtune.errors import JobError, RoundFailed
 from fedtune.job import Job, checked_job
+from fedtune.processes import Processes, free_port, started_in
+from fedtune.security.coordinator_keys import CoordinatorKeys
+from fedtune.security.handover import make_bundle
 from server.app import job_of, wait_for_clients
-from server.bundle import make_bundle
+from server.bundle import make_bundle as make_fab
 from server.records import RoundRecord
+from server.report_folder import read_run
+from server.run_folder import without_none
+from server.settings import checked
+from server.supervisor import serve
 from server.watchers import Quiet
 from simulations.engine import simulate
-from simulations.flower_processes import FlowerProcesses, started_in
-from simulations.flower_run import run_through
 
-CLIENTS = ("asyncio", "http")
+CLIENTS = ("asyncio", "email", "http")
 ADAPTER = Path("adapter", "adapter_model.safetensors")
 MODEL = Path("model", "model.safetensors")
 WEIGHTS = Path("weights", "weights.safetensors")
@@ -30,23 +39,13 @@ def small_job(**changes: object) -> Job:
     """Two rounds of two steps, on one thread: sums of floats depend on how many share the work."""
     given = {
         "seed": 3,
-        "clients": {"names": CLIENTS, "count": 2},
+        "clients": {"names": CLIENTS, "count": 3},
         "train": {"steps": 2},
         "rounds": {"count": 2, "evaluate_every": 2},
         "data": {"max_held_out": 8},
         "machine": {"threads": 1},
     }
     return checked_job(given | changes, "this test")
-
-
-class Rounds(Quiet):
-    """Remembers what it was told."""
-
-    def __init__(self) -> None:
-        self.records: list[RoundRecord] = []
-
-    def round_ended(self, record: RoundRecord) -> None:
-        self.records.append(record)
 
 
 class Nodes:
@@ -85,52 +84,75 @@ def test_the_job_comes_from_the_run_s_config() -> None:
 
 
 def test_the_bundle_holds_no_code_and_declares_what_a_run_may_set(tmp_path: Path) -> None:
-    folder = make_bundle(tmp_path / "bundle", "server.app:app", "client.app:app")
+    folder = make_fab(tmp_path / "bundle", "server.app:app", "client.app:app")
     assert [file.name for file in folder.iterdir()] == ["pyproject.toml"]
     app = tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     assert app["components"] == {"serverapp": "server.app:app", "clientapp": "client.app:app"}
     assert app["config"] == {"job": "", "folder": "", "keys": ""}
 
 
+class Deployed:
+    """Keys, and three clients that outlive the servers; a server for each job."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.keys = CoordinatorKeys.init(folder / "keys", [], f"127.0.0.1:{self.port}")
+        self.said = io.StringIO()
+
+    def client(self, name: str) -> list[str]:
+        bundle, folder = make_bundle(self.keys, name), self.folder / name
+        words = ["--bundle", str(bundle), "--dir", str(folder), "--data", "builtin:stdlib", "--model", "builtin:stdlib"]
+        return [sys.executable, "-m", "fedtune.cli", "client", *words]
+
+    def play(self, job: Job, run: Path) -> tuple[RoundRecord, ...]:
+        file, server = run.with_suffix(".toml"), self.folder / "server"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(tomli_w.dumps(without_none(job.model_dump(mode="json"))), encoding="utf-8")
+        given = checked(str(file), server, "127.0.0.1", self.port, self.keys.folder, run, patience=120.0)
+        serve(given, Console(file=self.said))
+        return read_run(run).rounds
+
+
 @pytest.fixture
-def flower() -> Iterator[FlowerProcesses]:
-    """A SuperLink and two nodes; afterwards nothing of it runs."""
+def deployed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Deployed]:
+    """TLS, node keys, signed asks, sealed answers; afterwards nothing of it runs."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory(prefix="ft") as folder:
-        with FlowerProcesses(Path(folder), {"OMP_NUM_THREADS": "1"}) as flower:
-            address = flower.superlink()
-            for client in CLIENTS:
-                flower.supernode(client, address, flower.trainer(client))
-            yield flower
-        assert started_in(flower.folder) == []
+        deployed = Deployed(Path(folder))
+        with Processes(deployed.folder / "clients", patience=30.0) as clients:
+            for name in CLIENTS:
+                clients.start(name, deployed.client(name))
+            try:
+                yield deployed
+            except Exception:
+                print(deployed.said.getvalue(), clients.logs())  # noqa: T201
+                raise
+        assert [found for name in (*CLIENTS, "server", "clients") for found in started_in(deployed.folder / name)] == []
 
 
 @pytest.mark.slow
-def test_two_nodes_over_sockets_give_the_simulated_bits(flower: FlowerProcesses, tmp_path: Path) -> None:
-    """An adapter by the smallest wire, then on the same nodes a whole model for which only seeds and slopes have crossed, last
-    the weights of the layers that were chosen by gradients, of which one node can afford a single one."""
-    _require_same(flower, small_job(wire="tiny"), tmp_path / "adapter", ADAPTER)
+@pytest.mark.timeout(580)
+def test_three_nodes_give_the_simulated_bits(deployed: Deployed, tmp_path: Path) -> None:
+    """The default job, then on the same nodes a whole model for which only seeds and slopes have crossed, last the weights of
+    the layers that were chosen by gradients, of which one node can afford a single one. Clients wait for each new server."""
+    require_same(deployed, small_job(), tmp_path / "adapter", ADAPTER)
     plain = {"steps": 2, "optimizer": "sgd", "clip": 0.0, "lr": 1e-3}
-    _require_same(flower, small_job(strategy={"name": "fedkseed"}, train=plain), tmp_path / "whole", MODEL)
+    require_same(deployed, small_job(strategy={"name": "fedkseed"}, train=plain), tmp_path / "whole", MODEL)
+    limits = {"names": CLIENTS, "count": 3, "layers": {CLIENTS[0]: 1}}
+    chosen = small_job(strategy={"name": "selective_layers"}, clients=limits, wire="tiny")
+    require_same(deployed, chosen, tmp_path / "layers", WEIGHTS)
 
-    limits = {"names": CLIENTS, "count": 2, "layers": {CLIENTS[0]: 1}}
-    _require_same(flower, small_job(strategy={"name": "selective_layers"}, clients=limits), tmp_path / "layers", WEIGHTS)
-
-    # The nodes and their trainers outlive a run. One that cannot work ends as failed, with its reason.
-    bad = small_job(data={"path": "/there/is/none"})
-    with pytest.raises(RoundFailed, match="/there/is/none"):
-        run_through(flower, bad, tmp_path / "failed", "client.app:app", Quiet())
+    # One that cannot work ends as failed, with its reason.
+    with pytest.raises(RoundFailed, match="max_length"):
+        deployed.play(small_job(data={"max_length": 10**6}), tmp_path / "failed")
 
 
-def _require_same(flower: FlowerProcesses, job: Job, folder: Path, file: Path) -> None:
-    """What the job publishes is the same bit for bit over the sockets and in simulation, and so is every loss."""
-    watcher = Rounds()
-    try:
-        run_through(flower, job, folder / "deployed", "client.app:app", watcher)
-    except Exception:
-        print(flower.logs())  # noqa: T201
-        raise
+def require_same(deployed: Deployed, job: Job, folder: Path, file: Path) -> None:
+    """What the job publishes is the same bit for bit over the network and in simulation, and so is every loss."""
+    records = deployed.play(job, folder / "deployed")
     simulated = simulate(job, folder / "simulated", Quiet())
     assert (folder / "deployed" / file).read_bytes() == (simulated.folder / file).read_bytes()
-    assert [record.loss for record in watcher.records] == [record.loss for record in simulated.records]
-    assert [record.answered for record in watcher.records] == [2, 2, 2]
-    assert [record.selected for record in watcher.records] == [record.selected for record in simulated.records]
+    assert [record.loss for record in records] == [record.loss for record in simulated.records]
+    assert [record.answered for record in records] == [3, 3, 3]
+    assert [record.selected for record in records] == [record.selected for record in simulated.records]
