@@ -25,7 +25,9 @@ def server(
     folder: Folder,
     host: Annotated[str, typer.Option(help="IP address to listen on.")] = "0.0.0.0",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
-    keys: Annotated[Path | None, typer.Option(help="What `fedtune keys init` made; absent is keys in --dir.")] = None,
+    keys: Annotated[
+        Path | None, typer.Option(envvar="FEDTUNE_KEYS", help="What `fedtune keys init` made; absent is keys in --dir.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; absent is runs/<name of the job> in --dir.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="key=value for any key of the job, as often as needed.")
