@@ -5,6 +5,7 @@ Flower's own functions do the work. Its retries are left out: they end the proce
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
@@ -14,6 +15,7 @@ from flwr.app import Context, Message
 from flwr.app.error import Error
 from flwr.common.constant import ErrorCode, SubStatus
 from flwr.common.serde import message_from_proto
+from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
     PullAppMessagesRequest,
@@ -30,6 +32,9 @@ from flwr.supercore.interceptors import (
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
+from client.waits import Waits
+
+SHORTEST, LONGEST = 0.02, 0.5  # seconds between looks for a part of a message
 SIGNED = ("/flwr.proto.Runtime/AcquireTask",)  # the one request that comes before a task has its own token
 
 
@@ -49,6 +54,13 @@ class Task(RuntimeHttpClient):
         response = super().PullMessages(request)
         if response.messages_list:
             self._came = message_from_proto(response.messages_list[0])
+        return response
+
+    def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:
+        """A task is there before the SuperNode has all of its message from the server. Flower asks again after 1, 2, 4 s."""
+        waits = Waits(SHORTEST, LONGEST)
+        while (response := super().PullObject(request)).object_found and not response.object_available:
+            time.sleep(waits.next())
         return response
 
     def reply(self, message: Message, context: Context) -> None:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +29,10 @@ LOOP = "flwr.supernode.start_client_internal"
 IDLE, REPLY = 3, 0.5  # seconds: the two waits in Flower's loop, by which they are told apart
 SHORTEST = 0.2  # seconds between two looks for a message: each asks the server
 FOR_REPLY = 0.05  # seconds between two looks for the reply: only a dictionary in this process is read
+PARTS = {
+    "initial_backoff": 0.05,
+    "backoff_cap": 0.5,
+}  # seconds between looks for a part that is still on its way; stock 1 to 10
 SELDOM = 1.0  # seconds between two writings of the link's file while nothing changes
 
 
@@ -54,6 +59,8 @@ def shorten_waits(loop: ModuleType) -> bool:
         log.warning("Flower's loop has changed: its own waits remain, up to 3.5 s more for each message")
         return False
     loop.time = ShorterWaits()  # type: ignore[attr-defined]
+    if pull := getattr(loop, "pull_objects", None):
+        loop.pull_objects = partial(pull, **PARTS)  # type: ignore[attr-defined]
     return True
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from hashlib import sha256
@@ -231,6 +232,26 @@ def test_contents_that_cannot_be_read_become_an_error_at_once_and_the_next_is_an
     node.put(to_record(Envelope({**ASK.header, "ask": "r3-1"}, ASK.tensors)), run_id=2)
     relay.step()
     assert from_record(node.reply().content).header["ask"] == "r3-1"
+
+
+@pytest.mark.usefixtures("trainer")
+def test_a_task_that_is_there_before_all_of_its_message_is_answered_as_soon_as_it_is(node: SuperNode, relay: Relay) -> None:
+    """Flower looks again after 1, 2, 4, ... s: a message that takes 5 s to come would wait 2 s more."""
+    node.put(to_record(ASK))
+    last = node.state.object_store.store[list(_all(node.tree))[-1].object_id]  # type: ignore[attr-defined]
+    last.is_available, content = False, last.content
+    last.content = b""
+
+    def come() -> None:
+        last.content, last.is_available = content, True
+
+    arrival = threading.Timer(0.2, come)
+    arrival.start()
+    began = time.monotonic()
+    relay.step()
+    assert 0.2 <= time.monotonic() - began < 0.9
+    assert from_record(node.reply().content).header["ask"] == "r3-0"
+    arrival.join()
 
 
 def test_tasks_of_other_types_are_left_alone(node: SuperNode, relay: Relay) -> None:

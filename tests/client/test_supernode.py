@@ -13,6 +13,7 @@ from types import ModuleType
 
 import httpx
 import pytest
+from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, pull_objects
 from flwr.supernode import start_client_internal
 
 from client.supernode import FOR_REPLY, IDLE, LOOP, REPLY, SHORTEST, ShorterWaits, Watch, shorten_waits, watch
@@ -71,10 +72,28 @@ def test_flower_s_loop_is_the_one_that_we_know() -> None:
 
 def test_the_hook_takes_the_place_of_time_in_that_module_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start_client_internal, "time", time)  # put back afterwards
+    monkeypatch.setattr(start_client_internal, "pull_objects", pull_objects)
     assert shorten_waits(start_client_internal)
     assert isinstance(start_client_internal.time, ShorterWaits)
     assert start_client_internal.time.monotonic is time.monotonic
     assert isinstance(time.sleep, type(len))  # the real one, everywhere else
+
+
+def test_a_part_that_is_still_on_its_way_to_the_server_is_asked_for_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock, the second look is a second after the first, and the third two seconds after that."""
+    monkeypatch.setattr(start_client_internal, "time", time)
+    monkeypatch.setattr(start_client_internal, "pull_objects", pull_objects)
+    shorten_waits(start_client_internal)
+    looks = iter([False, False, True])
+
+    def pull(part: str) -> bytes:
+        if not next(looks):
+            raise ObjectUnavailableError(part)
+        return b"here"
+
+    began = time.monotonic()
+    assert start_client_internal.pull_objects(["part"], pull_object_fn=pull) == {"part": b"here"}
+    assert time.monotonic() - began < 0.8  # 0.05 and 0.1 s, each up to a fifth longer
 
 
 def test_another_flower_runs_stock_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
