@@ -1,0 +1,291 @@
+"""One server over its whole life, with a SuperLink that is played here."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fedtune.daemon import State
+from fedtune.errors import FedtuneError, KeysError, RoundFailed, RunFolderError, UserError
+from fedtune.job import checked_job
+from fedtune.security.addresses import Address
+from fedtune.security.coordinator_keys import CoordinatorKeys
+from fedtune.security.handover import make_bundle
+from fedtune.tending import Tending
+from server import supervisor
+from server.flower_control import Node, NoSuperLink
+from server.records import RoundRecord
+from server.said import Said
+from server.settings import Settings, checked, require_port
+from server.signals import Stopped, stoppable
+from server.supervisor import Server, keep_off_proxies
+
+
+class Played:
+    """Processes and Control in one. `script` is run at every look at the run's status, and says what it is."""
+
+    def __init__(self, folder: Path, script: Callable[[Played], str]) -> None:
+        self.folder, self.script = folder, script
+        self.up, self.started, self.stopped, self.code = False, 0, list[int](), 0
+        self.run_log = folder / "logs" / "run.log"
+        self.run_log.parent.mkdir(parents=True)
+        self.left: list[int] = []
+
+    # as Processes
+    def start(self, name: str, command: list[str]) -> None:
+        self.up, self.started = True, self.started + 1
+
+    def ended(self, name: str) -> int | None:
+        return None if self.up else self.code
+
+    def pids(self) -> dict[str, int]:
+        return {"superlink": 7} if self.up else {}
+
+    def until(self, ready: Callable[[], bool], what: str, timeout: float) -> None:
+        assert ready()
+
+    def log(self, name: str) -> Path:
+        return self.folder / "logs" / f"{name}.log"
+
+    # as Control
+    def answers(self) -> bool:
+        return self.up
+
+    def nodes(self) -> list[Node]:
+        if not self.up:
+            raise NoSuperLink("gone")
+        return [Node(3, b"a", "online"), Node(4, b"b", "online")]
+
+    def unfinished(self) -> list[int]:
+        return self.left
+
+    def stop(self, run: int) -> None:
+        self.stopped.append(run)
+
+    def status(self, run: int) -> tuple[str, str]:
+        if not self.up:
+            raise NoSuperLink("gone")
+        status, _, details = self.script(self).partition("; ")
+        return status, details
+
+
+@pytest.fixture
+def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Played, str, State]]:
+    """serve(script): the server's life; what was played, what it printed, and what it said last of itself."""
+
+    def submit(control: Played, job: object, run: Path, *rest: object) -> int:
+        run.mkdir(parents=True)
+        return 9
+
+    monkeypatch.setattr(supervisor, "submit", submit)
+    monkeypatch.setattr(supervisor, "keep_log", lambda *given: threading.Thread(target=int))
+    monkeypatch.setattr(supervisor, "TensorBoard", Events)
+    monkeypatch.setattr(threading.Thread, "join", lambda *given: None)
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(supervisor, "Tending", lambda processes: Tending(processes, clock=lambda: now[0]))
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+
+    def life(script: Callable[[Played], str], **job: object) -> tuple[Played, str, State]:
+        given = checked_job({"clients": {"count": 2}, "rounds": {"count": 2}, **job}, "this test")
+        settings = Settings(given, tmp_path, tmp_path / "runs" / "run", Address("127.0.0.1", 8000), None, 5.0)
+        played, paper = Played(tmp_path, script), io.StringIO()
+        said = Said(tmp_path, State(role="server"))
+        try:
+            with said.to_the_end():
+                Server(settings, played, played, said, Console(file=paper, width=200)).run()
+        finally:
+            life.played, life.paper = played, paper  # type: ignore[attr-defined]
+        return played, paper.getvalue(), State.read(tmp_path)
+
+    return life
+
+
+class Events:
+    """No TensorBoard, which takes seconds to import."""
+
+    def __init__(self, folder: Path) -> None: ...
+    def __enter__(self) -> Events:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+    def started(self, *given: object) -> None: ...
+    def doing(self, *given: object) -> None: ...
+    def round_ended(self, record: RoundRecord) -> None: ...
+
+
+def write_round(played: Played, number: int) -> None:
+    with (played.folder / "runs" / "run" / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps(RoundRecord(number, loss=2.5).as_json()) + "\n")
+
+
+def test_from_the_first_client_to_the_last_round(serve: Callable[..., tuple[Played, str, State]]) -> None:
+    rounds = iter(range(3))
+
+    def script(played: Played) -> str:
+        number = next(rounds, None)
+        if number is None:
+            return "finished:completed"
+        write_round(played, number)
+        assert State.read(played.folder).phase == "running"
+        return "running"
+
+    played, printed, state = serve(script)
+    assert (state.phase, state.run["round"], state.run["flower"]) == ("finished", 2, "9")
+    assert state.clients == {"node-3": "connected", "node-4": "connected"}
+    assert state.processes == {"superlink": {"pid": None, "restarts": 0}}
+    assert "connected: node-3, node-4" in printed
+    assert "round 2/2  loss 2.500" in printed
+    assert played.stopped == []
+
+
+def test_a_run_that_failed_ends_with_flower_s_reason(serve: Callable[..., tuple[Played, str, State]], tmp_path: Path) -> None:
+    with pytest.raises(RoundFailed, match="ended as finished:failed: round 1: nobody answered"):
+        serve(lambda played: "finished:failed; round 1: nobody answered")
+    assert (State.read(tmp_path).phase, "nobody answered" in State.read(tmp_path).why) == ("failed", True)
+
+
+def test_clients_that_do_not_come_end_it(serve: Callable[..., tuple[Played, str, State]]) -> None:
+    with pytest.raises(RoundFailed, match=r"\(--wait\): 2 of 3 clients connected"):
+        serve(lambda played: "", clients={"count": 3})
+
+
+def test_a_superlink_that_dies_in_a_run_is_started_again_and_the_run_ends_as_lost(
+    serve: Callable[..., tuple[Played, str, State]], tmp_path: Path
+) -> None:
+    def script(played: Played) -> str:
+        if played.started == 1:
+            played.log("superlink").write_text("out of\nmemory\n")
+            played.up, played.code = False, -9
+        return "running"
+
+    with pytest.raises(RoundFailed, match="the SuperLink ended with exit code -9 in the midst of the run, which was lost"):
+        serve(script)
+    played, printed = serve.played, serve.paper.getvalue()  # type: ignore[attr-defined]
+    assert (played.started, played.stopped) == (2, [9])
+    assert "superlink ended with exit code -9 and is started again" in printed
+    assert "out of memory" in printed
+    assert State.read(tmp_path).processes["superlink"]["restarts"] == 1
+
+
+def test_a_run_that_had_ended_before_the_superlink_died_counts(serve: Callable[..., tuple[Played, str, State]]) -> None:
+    def script(played: Played) -> str:
+        if played.started == 1:
+            played.up, played.code = False, 1
+            return "running"
+        return "finished:completed"
+
+    assert serve(script)[2].phase == "finished"
+
+
+def test_runs_that_an_earlier_server_left_are_stopped(
+    serve: Callable[..., tuple[Played, str, State]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Played, "unfinished", lambda self: [5, 6])
+    assert serve(lambda played: "finished:completed")[0].stopped == [5, 6]
+
+
+def test_ctrl_c_stops_the_run_at_flower(serve: Callable[..., tuple[Played, str, State]], tmp_path: Path) -> None:
+    def script(played: Played) -> str:
+        raise Stopped(signal.SIGTERM)
+
+    with pytest.raises(Stopped) as stopped:
+        serve(script)
+    assert (stopped.value.exit_code, serve.played.stopped) == (143, [9])  # type: ignore[attr-defined]
+    assert (State.read(tmp_path).phase, State.read(tmp_path).why) == ("stopped", "SIGTERM")
+
+
+def test_the_first_signal_is_heard_and_the_second_is_not() -> None:
+    cleaned = []
+    before = signal.getsignal(signal.SIGTERM)
+
+    def work() -> None:
+        with stoppable():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(10)
+            finally:
+                os.kill(os.getpid(), signal.SIGINT)
+                cleaned.append(True)
+
+    with pytest.raises(Stopped) as stopped:
+        work()
+    assert (stopped.value.exit_code, cleaned) == (143, [True])
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_proxy_for_the_world_is_not_used_for_this_machine() -> None:
+    environment = {"no_proxy": "example.org", "HTTPS_PROXY": "http://proxy:3128"}
+    keep_off_proxies(environment, "10.0.0.5")
+    assert environment["NO_PROXY"] == environment["no_proxy"] == "example.org,127.0.0.1,::1,localhost,10.0.0.5"
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("coordinator") / "keys"
+    own = CoordinatorKeys.init(folder, [], "fl.example.org:8000")
+    make_bundle(own, "north")
+    return folder
+
+
+def test_what_is_wrong_is_said_before_anything_is_written(tmp_path: Path, keys: Path, job_file: Path) -> None:
+    folder, job = tmp_path / "srv", str(job_file)
+    with pytest.raises(UserError, match=r"--insecure on 0.0.0.0 would let everybody .* --insecure-anywhere"):
+        checked(job, folder, "0.0.0.0", 8000, insecure=True)
+    with pytest.raises(UserError, match="--host fl is no IP address"):
+        checked(job, folder, "fl", 8000)
+    with pytest.raises(KeysError, match=f"no keys in {folder / 'keys'}"):
+        checked(job, folder, "0.0.0.0", 8000)
+    with pytest.raises(KeysError, match=r"192\.0\.2\.7"):  # listened on, and not in the certificate
+        checked(job, folder, "192.0.2.7", 8000, keys)
+    with pytest.raises(UserError, match="unknown key"):
+        checked(job, folder, "127.0.0.1", 8000, keys, overrides=["sede=1"])
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "job.toml").touch()
+    with pytest.raises(RunFolderError, match="already holds a run"):
+        checked(job, folder, "127.0.0.1", 8000, keys, out=tmp_path / "old")
+    assert not folder.exists()
+
+
+def test_what_the_superlink_is_started_with(
+    tmp_path: Path, keys: Path, job_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.settings.require_port", lambda host, port: None)
+    secure = checked(str(job_file), tmp_path / "srv", "0.0.0.0", 8000, keys)
+    command = secure.superlink()
+    assert {"--enable-supernode-auth", "--ssl-certfile", str(keys / "server.key")} <= set(command)
+    assert "--insecure" not in command
+    assert (secure.here, secure.registered()) == ("127.0.0.1:8000", {"north": False})
+    for given in ({"host": "127.0.0.1", "insecure": True}, {"host": "0.0.0.0", "anywhere": True}):
+        open_ = checked(str(job_file), tmp_path / "srv", port=8000, **given)
+        assert open_.superlink()[-1] == "--insecure"
+        assert (open_.keys, open_.ca, open_.registered()) == (None, None, None)
+
+
+def test_one_server_at_a_time_in_a_folder_and_on_a_port(tmp_path: Path, job_file: Path) -> None:
+    State(role="server").write(tmp_path)  # of this process, which is alive
+    with pytest.raises(UserError, match=f"runs in {tmp_path} already .pid {os.getpid()}"):
+        checked(str(job_file), tmp_path, "127.0.0.1", 8000, insecure=True)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"nothing can listen on 127.0.0.1:{port}: Address already in use; .* --port"):
+            require_port("127.0.0.1", port)
+
+
+def test_an_error_is_the_last_word_of_the_state(tmp_path: Path) -> None:
+    said = Said(tmp_path, State(role="server", processes={"superlink": {"pid": 7, "restarts": 2}}))
+    with pytest.raises(FedtuneError), said.to_the_end():
+        raise FedtuneError("two\nlines")
+    state = State.read(tmp_path)
+    assert (state.phase, state.why, state.alive) == ("failed", "two lines", False)
+    assert state.processes == {"superlink": {"pid": None, "restarts": 2}}
