@@ -58,7 +58,9 @@ class Signed:
             log.warning("refused an ask: %s", reason)
             return failure(f"refused an ask: {reason}", ask.header)
         stamp = Stamp(stamp.run, stamp.serial, self._keys.name, stamp.seal)
-        answer = signed(self._inner.answer(opened), stamp, self._keys.signing, ANSWER)
+        given = self._inner.answer(opened)
+        named = Envelope({"client": self._keys.name, **given.header}, given.tensors)  # a refusal may not know whose it is
+        answer = signed(named, stamp, self._keys.signing, ANSWER)
         return sealed(answer, stamp, self._keys.seal) if stamp.seal else answer
 
     def _accepted(self, ask: Envelope) -> tuple[Envelope, Stamp]:

@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from client.allowance import shown_names
 from client.data.compact import compact
 from client.data.examples import ClientData
 from client.data.load import labels_in, load_client
@@ -25,7 +26,7 @@ from client.model import ResidentModel
 from client.personal import folder_name, write_own
 from fedtune.base import Blueprint, blueprint
 from fedtune.envelope import Envelope
-from fedtune.errors import ClientFailed, DataError, FedtuneError, JobError, nearest
+from fedtune.errors import ClientFailed, DataError, FedtuneError, JobError
 from fedtune.job import Clients, Job
 from fedtune.memory import Memory
 from fedtune.payload import Payload, payload_of
@@ -202,8 +203,7 @@ class Trainer:
 def _own_source(client: str, found: Mapping[str, Source]) -> Source:
     """The client's own among those in the data; data of one client needs not bear its name."""
     if client not in found and len(found) > 1:
-        hint = nearest(client, found)
-        raise DataError(f"the data holds {', '.join(found)}, but no client '{client}'{hint}; name one of them with --client")
+        raise DataError(f"the data holds {shown_names(found)}, but no client '{client}'; name one of them with --client")
     return found.get(client) or next(iter(found.values()))
 
 

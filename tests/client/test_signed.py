@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from client.signed import DAY, Signed
+from client.transport import failure
 from fedtune.envelope import Envelope, WireTensor
 from fedtune.errors import UserError
 from fedtune.security.sealing import is_sealed, opened
@@ -83,6 +84,17 @@ def test_without_end_to_end_it_is_signed_all_the_same(door: Signed) -> None:
     answer = door.answer(ask("hello", 1, kind="hello", client="", seal=False))
     inner, _ = verified(answer, KEYS.signing.public_key(), ANSWER)
     assert inner.tensors[0].data == b"u"
+
+
+def test_a_refusal_of_the_policy_says_whose_it_is(tmp_path: Path) -> None:
+    class Refusing:
+        def answer(self, ask: Envelope) -> Envelope:
+            return failure("policy.hours: not now", ask.header)
+
+    door = Signed(Refusing(), KEYS, tmp_path, clock=lambda: NOW)
+    stamp = Stamp("run.1", NOW + 1, "north", True)
+    inner, _ = verified(opened(door.answer(hello()), stamp, SEALING), KEYS.signing.public_key(), ANSWER)
+    assert (inner.header["client"], inner.header["failed"]) == ("north", "policy.hours: not now")
 
 
 def test_an_unsigned_ask_is_refused(door: Signed, trainer: Trainer) -> None:
