@@ -1,6 +1,7 @@
 """The relay: Flower's ClientApp, which carries each message to the node's trainer and its answer back.
 
-Flower starts this in a new process for every message, so it imports nothing heavy and knows nothing of what it carries.
+`python -m client.relay` keeps it in one process. A stock flower-supernode starts a new one for every message, so it imports
+nothing heavy; and it knows nothing of what it carries.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ class Relay:
         except FedtuneError:
             return  # it was no message of ours, and was answered as such
         failed = str(answer.get("failed", ""))
-        log.info("%s of round %s in %.2f s %s", asked.get("kind"), asked.get("round"), seconds, failed and f"failed: {failed}")
+        what = f"{asked.get('kind')} {asked.get('ask')} of run {asked.get('run')}"
+        log.info("%s: %s", what, f"failed: {failed}" if failed else f"answered in {seconds:.2f} s")
         self._answers.tell(asked, seconds, failed)
 
     def _say(self, trouble: str) -> None:

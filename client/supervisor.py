@@ -78,7 +78,7 @@ class Client:
             up = self._started.ended("supernode") is None
             self._line.now(self._connection.why(up), self._connection.server)
         else:
-            self._said.be(phase="running")
+            self._said.be(phase="running" if self._settings.socket.is_socket() else "starting")
         self._said.guards()
         self._said.be(processes=self._tending.as_json())
 

@@ -1,4 +1,4 @@
-"""Envelopes between relay and trainer: gRPC on a unix socket. No torch here, the relay starts anew for every message."""
+"""Envelopes between relay and trainer: gRPC on a unix socket. No torch here: the relay has no use for it."""
 
 from __future__ import annotations
 

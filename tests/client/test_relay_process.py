@@ -249,7 +249,7 @@ def test_a_task_that_is_there_before_all_of_its_message_is_answered_as_soon_as_i
     arrival.start()
     began = time.monotonic()
     relay.step()
-    assert 0.2 <= time.monotonic() - began < 0.9
+    assert 0.2 <= time.monotonic() - began < 0.75
     assert from_record(node.reply().content).header["ask"] == "r3-0"
     arrival.join()
 
@@ -284,8 +284,9 @@ def test_a_secret_that_is_not_there_is_the_user_s_to_mend(folder: Path, caplog: 
     assert "the file that the SuperNode was given" in caplog.text
 
 
-def test_the_process_imports_neither_torch_nor_transformers() -> None:
-    code = "import sys, client.relay, client.supernode; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+def test_no_process_of_the_network_half_imports_torch_or_transformers() -> None:
+    ours = "client.relay, client.supernode, client.supervisor, client.commands"
+    code = f"import sys, {ours}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=app_root(), check=True, capture_output=True, text=True)
     assert "flwr" in loaded.stdout.split()
     assert not {"torch", "transformers", "peft", "datasets"} & set(loaded.stdout.split())
