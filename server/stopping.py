@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from fedtune.daemon import State
 from fedtune.errors import FedtuneError
 from fedtune.processes import end, started_in
 
+POLL = 0.1  # seconds
 PATIENCE = 60.0  # seconds: the run is stopped at Flower, and every process ends
 
 
@@ -48,13 +49,14 @@ def stop_in(folder: Path, patience: float = PATIENCE) -> Stop:
 
 
 def _end(state: State, patience: float) -> None:
+    deadline = time.monotonic() + patience
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(state.pid)
-        os.kill(state.pid, signal.SIGTERM)
-        try:
-            process.wait(patience)
-        except psutil.TimeoutExpired as error:
-            raise FedtuneError(
-                f"the {state.role} (pid {state.pid}) still runs {patience:.0f} s after SIGTERM; type `kill -9 {state.pid}` "
-                "and the same command again, which ends what it has started"
-            ) from error
+        process.send_signal(signal.SIGTERM)
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:  # ended, and its parent has not looked yet
+            if time.monotonic() > deadline:
+                raise FedtuneError(
+                    f"the {state.role} (pid {state.pid}) still runs {patience:.0f} s after SIGTERM; type `kill -9 {state.pid}` "
+                    "and the same command again, which ends what it has started"
+                )
+            time.sleep(POLL)

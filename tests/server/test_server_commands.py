@@ -1,0 +1,271 @@
+"""`fedtune server`, `status`, `stop` and `logs`: against folders written here, and once against all real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from fedtune.daemon import State
+from fedtune.errors import FedtuneError, UserError
+from fedtune.processes import Processes, free_port, started_in
+from fedtune.security.coordinator_keys import CoordinatorKeys
+from fedtune.security.handover import make_bundle
+from server import loglines
+from server.commands import add_to
+from server.loglines import coming_lines, last_lines
+from server.records import RoundRecord
+from server.standing import Standing, process_words
+from server.stopping import stop_in
+
+app = typer.Typer()
+add_to(app)
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import typer; from server.commands import add_to; app = typer.Typer(pretty_exceptions_enable=False); add_to(app); app()",
+]
+
+
+def say(*words: object) -> tuple[int, str]:
+    """Exit code and output of one of the commands."""
+    result = CliRunner().invoke(app, list(map(str, words)))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Of a server in round 1; its process is this one."""
+    run = tmp_path / "runs" / "tiny"
+    run.mkdir(parents=True)
+    lines = [json.dumps(RoundRecord(number, loss=2.5 - number / 4).as_json()) for number in (0, 1)]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + '\n{"round": 2, "lo')
+    about = {"name": "tiny", "folder": str(run), "flower": "9", "round": 1, "rounds": 4}
+    clients = {"north": "connected", "south": "missing", "west": "connected"}
+    processes = {"superlink": {"pid": 71, "restarts": 2}}
+    State("server", phase="running", address="0.0.0.0:8000", run=about, clients=clients, processes=processes).write(tmp_path)
+    (tmp_path / "logs").mkdir()
+    return tmp_path
+
+
+def test_status_in_words(folder: Path) -> None:
+    code, said = say("status", "--dir", folder)
+    lines = [" ".join(line.split()) for line in said.splitlines()]
+    assert code == 0
+    assert lines[0] == "server: running"
+    assert lines[3] == f"run tiny: round 1 of 4, held-out loss 2.250, in {folder / 'runs' / 'tiny'}"
+    assert lines[4:] == [
+        "clients connected: north, west",
+        "clients missing: south",
+        "process superlink: pid 71, started again 2 times",
+    ]
+
+
+def test_status_for_programs(folder: Path) -> None:
+    code, said = say("status", "--dir", folder, "--json")
+    given = json.loads(said)
+    assert (code, given["alive"], given["phase"], given["pid"]) == (0, True, "running", os.getpid())
+    assert (given["run"]["round"], given["run"]["rounds"], given["run"]["loss"]) == (1, 4, 2.25)
+    assert given["clients"]["south"] == "missing"
+
+
+@pytest.mark.parametrize(
+    ("phase", "pid", "word", "code"),
+    [
+        ("finished", 1, "finished", 0),
+        ("failed", 1, "failed: no quorum", 1),
+        ("stopped", 1, "stopped: no quorum", 1),
+        ("running", 2**22 + 1, "gone: no quorum", 1),  # no kernel gives such a number
+    ],
+)
+def test_status_when_it_is_over(folder: Path, phase: str, pid: int, word: str, code: int) -> None:
+    why = "" if phase == "finished" else "no quorum"
+    State.read(folder).but(phase=phase, pid=pid, why=why).write(folder)
+    found, said = say("status", "--dir", folder)
+    assert (found, said.splitlines()[0]) == (code, f"server: {word}")
+    assert json.loads(say("status", "--dir", folder, "--json")[1])["alive"] is False
+
+
+def test_status_of_a_client_and_of_nothing(tmp_path: Path) -> None:
+    State("client", name="north", guards={"network": "on", "memory": "not permitted"}).write(tmp_path)
+    said = say("status", "--dir", tmp_path)[1]
+    assert said.startswith("client north: starting\n")
+    assert "guards     not permitted: memory" in said
+    with pytest.raises(UserError, match=f"nothing of fedtune runs in {tmp_path / 'x'}"):
+        say("status", "--dir", tmp_path / "x")
+    assert process_words({"pid": None, "restarts": 0}) == "not running"
+    assert Standing.read(tmp_path).last == {}
+
+
+def test_logs_of_all_and_of_one(folder: Path) -> None:
+    (folder / "logs" / "superlink.log").write_text("one\ntwo\nthree")
+    (folder / "logs" / "run.log").write_text("\x1b[92mINFO \x1b[0m: a\x07b\n")
+    assert say("logs", "--dir", folder, "--lines", "2") == (0, "run: INFO : ab\nsuperlink: two\nsuperlink: three\n")
+    assert say("logs", "superlink", "--dir", folder, "--lines", "1") == (0, "three\n")
+    lines = say("logs", "--dir", folder, "--json")[1].splitlines()
+    assert json.loads(lines[1]) == {"process": "superlink", "line": "one"}
+    assert say("logs", "--dir", folder, "--lines", "0") == (0, "")
+    with pytest.raises(UserError, match="no log of 'superlnk', did you mean 'superlink'"):
+        say("logs", "superlnk", "--dir", folder)
+    with pytest.raises(UserError, match="holds no logs"):
+        say("logs", "--dir", folder / "runs")
+
+
+def test_last_lines_of_a_large_log_are_whole(tmp_path: Path) -> None:
+    log = tmp_path / "x.log"
+    log.write_text("".join(f"{number:0100d}\n" for number in range(1000)))
+    assert last_lines(log, 3) == [f"{number:0100d}" for number in (997, 998, 999)]
+    assert last_lines(log, 2000) == [f"{number:0100d}" for number in range(1000)]
+
+
+def test_what_comes_is_followed_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loglines.time, "sleep", lambda seconds: None)
+    log = tmp_path / "a.log"
+    log.write_text("old\n")
+    acts = iter([lambda: log.write_text("old\nha"), lambda: log.write_text("old\nhalf\n"), lambda: log.write_text("new\n")])
+
+    def alive() -> bool:
+        act = next(acts, None)
+        if act is not None:
+            act()
+        return act is not None
+
+    assert list(coming_lines({"a": log}, alive)) == [("a", "half"), ("a", "new")]
+
+
+SLEEPER = """
+import signal, sys, time
+from pathlib import Path
+from fedtune.daemon import State
+state = State("server", phase="running")
+state.write(Path(sys.argv[1]))
+def stop(*_):
+    state.but(phase="stopped").write(Path(sys.argv[1]))
+    sys.exit(143)
+signal.signal(signal.SIGTERM, signal.SIG_IGN if sys.argv[2:] else stop)
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+def sleeper(folder: Path, *words: str) -> subprocess.Popen[str]:
+    """A process that says of itself that it is a server."""
+    process = subprocess.Popen([sys.executable, "-c", SLEEPER, str(folder), *words], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    return process
+
+
+def test_stop_ends_it_and_waits(tmp_path: Path) -> None:
+    with sleeper(tmp_path) as process:
+        code, said = say("stop", "--dir", tmp_path)
+        assert process.poll() == 143
+    assert (code, said) == (0, f"the server (pid {process.pid}) is stopped\n")
+    again = json.loads(say("stop", "--dir", tmp_path, "--json")[1])
+    assert again == {"role": "server", "pid": process.pid, "stopped": False, "left": 0, "phase": "stopped"}
+    assert say("stop", "--dir", tmp_path) == (0, "no server runs here (stopped)\n")
+
+
+def test_stop_says_when_it_will_not_end(tmp_path: Path) -> None:
+    with sleeper(tmp_path, "deaf") as process:
+        with pytest.raises(FedtuneError, match=f"pid {process.pid}. still runs .* type `kill -9 {process.pid}`"):
+            stop_in(tmp_path, patience=0.1)
+        process.kill()
+
+
+def test_stop_ends_what_a_killed_server_has_left(tmp_path: Path) -> None:
+    State("server", pid=2**22 + 1, phase="running").write(tmp_path)
+    processes = Processes(tmp_path)
+    with processes:
+        left = processes.start("superlink", [sys.executable, "-c", "import time; time.sleep(600)"])
+        while psutil.Process(left.pid).environ().get("FLWR_HOME") is None:
+            time.sleep(0.01)  # between fork and exec
+        assert stop_in(tmp_path).words == "no server runs here (running); 1 processes that it had left are ended"
+        assert not psutil.pid_exists(left.pid)
+
+
+CLIENTS = ("asyncio", "http")
+SMALL = ["clients.count=2", "rounds.count=1", "train.steps=1", "data.max_held_out=2", "machine.threads=1", "compare=false"]
+
+
+class Deployment:
+    """A coordinator's folder with keys, and the processes of its server and nodes."""
+
+    def __init__(self, folder: Path, nodes: Processes) -> None:
+        self.folder, self.nodes, self.port = folder, nodes, free_port()
+        self.keys = CoordinatorKeys.init(folder / "keys", [], f"127.0.0.1:{self.port}")
+        self.bundles = {name: make_bundle(self.keys, name) for name in CLIENTS}
+
+    def serve(self) -> subprocess.Popen[bytes]:
+        given = ["demo", "--dir", str(self.folder), "--host", "127.0.0.1", "--port", str(self.port)]
+        settings = [word for key in SMALL for word in ("--set", key)]
+        return self.nodes.start("server", [*COMMAND, "server", *given, *settings])
+
+    def node(self, name: str) -> None:
+        """A stock SuperNode with its trainer."""
+        bundle, socket = self.bundles[name], self.nodes.folder / f"{name}.sock"
+        trainer = ["--bundle", str(bundle), "--socket", str(socket), "--dir", str(self.nodes.folder / name)]
+        self.nodes.start(f"trainer-{name}", [sys.executable, "-m", "client.trainer_main", *trainer])
+        network = bundle / "network"
+        known = ["--root-certificates", str(network / "ca.pem"), "--auth-supernode-private-key", str(network / "node.key")]
+        command = ["flower-supernode", "--superlink", f"127.0.0.1:{self.port}", "--port", str(free_port()), *known]
+        self.nodes.start(f"supernode-{name}", [*command, "--node-config", f'trainer-socket="{socket}"'])
+
+    def until(self, phase: str, connected: int = 0) -> State:
+        def reached() -> bool:
+            if not (self.folder / "state.json").is_file():
+                return False
+            state = State.read(self.folder)
+            return state.phase == phase and sum(word == "connected" for word in state.clients.values()) >= connected
+
+        self.nodes.until(reached, f"the server to be {phase}", timeout=240)
+        return State.read(self.folder)
+
+
+@pytest.fixture
+def deployment() -> Iterator[Deployment]:
+    with tempfile.TemporaryDirectory(prefix="ft") as folder:
+        with Processes(Path(folder, "nodes"), {"OMP_NUM_THREADS": "1"}) as nodes:
+            (Path(folder) / "srv").mkdir()
+            yield Deployment(Path(folder) / "srv", nodes)
+        assert started_in(nodes.folder) == []
+        assert started_in(Path(folder) / "srv") == []
+
+
+@pytest.mark.slow
+def test_a_server_is_stopped_while_it_waits_and_then_runs_its_job_to_the_end(deployment: Deployment) -> None:
+    """Over TLS, with node keys, signed asks and sealed answers."""
+    folder = deployment.folder
+    first = deployment.serve()
+    deployment.node("http")
+    state = deployment.until("waiting", connected=1)
+    assert dict(state.clients) == {"asyncio": "missing", "http": "connected"}
+    assert say("stop", "--dir", folder) == (0, f"the server (pid {first.pid}) is stopped\n")
+    assert first.poll() == 143
+    assert started_in(folder) == []
+    assert say("status", "--dir", folder)[0] == 1
+
+    deployment.serve()  # the same folder: the SuperLink's database knows the nodes, and the node that was there comes back
+    deployment.node("asyncio")
+    deployment.until("finished")
+    given = json.loads(say("status", "--dir", folder, "--json")[1])
+    assert (given["phase"], given["run"]["round"], given["clients"]) == ("finished", 1, dict.fromkeys(CLIENTS, "connected"))
+    assert given["run"]["loss"] > 0
+    assert "run: INFO :      Start `flwr-serverapp` process\n" in say("logs", "--dir", folder)[1]
+    assert (folder / "runs" / "demo" / "adapter" / "adapter_model.safetensors").is_file()
+    while (code := deployment.nodes.ended("server")) is None:
+        time.sleep(0.1)
+    said = deployment.nodes.log("server").read_text()
+    assert (code, "round 1/1" in said, "loaded with" in said) == (0, True, True)
