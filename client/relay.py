@@ -21,7 +21,7 @@ from flwr.app import Context, Message
 
 from client.app import SOCKET, app
 from client.runtime import Runtime, Task
-from client.told import Answers
+from client.told import Answers, plain
 from client.transport import checked
 from client.waits import Waits
 from fedtune.errors import FedtuneError, UserError
@@ -83,8 +83,8 @@ class Relay:
             asked, answer = from_record(message.content).header, from_record(reply.content).header
         except FedtuneError:
             return  # it was no message of ours, and was answered as such
-        failed = str(answer.get("failed", ""))
-        what = f"{asked.get('kind')} {asked.get('ask')} of run {asked.get('run')}"
+        failed = plain(answer.get("failed", ""))
+        what = f"{plain(asked.get('kind'))} {plain(asked.get('ask'))} of run {plain(asked.get('run'))}"
         log.info("%s: %s", what, f"failed: {failed}" if failed else f"answered in {seconds:.2f} s")
         self._answers.tell(asked, seconds, failed)
 

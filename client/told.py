@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 LINK, ANSWERS = "link.json", "answers.jsonl"
+LONGEST = 500  # characters of a word
 MOST = 1 << 20  # bytes of answers.jsonl, after which it begins anew
 
 
@@ -42,6 +43,12 @@ class Link:
             return None
 
 
+def plain(given: Any) -> Any:
+    """A word of a message whose signature nobody has looked at yet, fit for a terminal: short, and without control characters."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in str(given)[:LONGEST])
+    return given if given is None or isinstance(given, int) else text
+
+
 class Answers:
     """Of the relay, as lines of JSON that the supervisor follows."""
 
@@ -53,7 +60,8 @@ class Answers:
         if self._file is None:
             return
         mode = "w" if self._file.exists() and self._file.stat().st_size > MOST else "a"
-        line = {key: asked.get(key) for key in ("kind", "run", "round")} | {"seconds": round(seconds, 3), "failed": failed}
+        line = {key: plain(asked.get(key)) for key in ("kind", "run", "round")}
+        line |= {"seconds": round(seconds, 3), "failed": plain(failed)}
         with self._file.open(mode, encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid import http_grid
 
 from fedtune.errors import JobError, RoundFailed
 from fedtune.job import Job, checked_job
@@ -26,10 +28,17 @@ def main(grid: Grid, context: Context) -> None:
 
     What this raises ends the Flower run as failed, with the message as its details.
     """
+    fetch_sooner()
     job = job_of(str(context.run_config["job"]))
     post = post_of(job, str(context.run_config.get("keys", "")), context.run_id)
     wait_for_clients(grid, job.clients.count or 1, job.rounds.timeout)
     run_job(job, grid, Path(str(context.run_config["folder"])), Quiet(), post=post)
+
+
+def fetch_sooner() -> None:
+    """Parts of an answer that are still on their way are asked for again within 50 ms; Flower would wait 1, 2, 4 s."""
+    if pull := getattr(http_grid, "pull_objects", None):
+        http_grid.pull_objects = partial(pull, initial_backoff=0.05, backoff_cap=0.5)  # type: ignore[attr-defined]
 
 
 def job_of(text: str) -> Job:

@@ -17,7 +17,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, p
 from flwr.supernode import start_client_internal
 
 from client.supernode import FOR_REPLY, IDLE, LOOP, REPLY, SHORTEST, ShorterWaits, Watch, shorten_waits, watch
-from client.told import Link
+from client.told import LONGEST, Link, plain
 from client.waits import Waits
 
 
@@ -166,3 +166,9 @@ def test_other_lines_of_httpx_and_files_that_cannot_be_written_are_no_trouble(tm
     heard.emit(logging.LogRecord("httpx", logging.INFO, "", 0, "another line", ("one",), None))
     heard.emit(request(200))
     assert Link.read(tmp_path / "none" / "link.json") is None
+
+
+def test_words_of_strangers_are_fit_for_a_terminal() -> None:
+    assert plain("run\x1b[2J\n1") == "run?[2J?1"
+    assert len(plain("x" * 10**6)) == LONGEST
+    assert (plain(3), plain(None)) == (3, None)
