@@ -44,7 +44,7 @@ class Link:
 
 
 def plain(given: Any) -> Any:
-    """A word of a message whose signature nobody has looked at yet, fit for a terminal: short, and without control characters."""
+    """A word of a message whose signature nobody has looked at yet, fit for a terminal: short, no control characters."""
     text = "".join(letter if letter.isprintable() else "?" for letter in str(given)[:LONGEST])
     return given if given is None or isinstance(given, int) else text
 
