@@ -30,7 +30,8 @@ def logs_in(folder: Path, process: str | None) -> dict[str, Path]:
 
 
 def last_lines(log: Path, count: int) -> list[str]:
-    size = log.stat().st_size
+    """Of a log that may not exist."""
+    size = log.stat().st_size if log.is_file() else 0
     reach = LONGEST * (count + 1)
     text = tail(log, reach)
     lines = text.split("\n")[1 if reach < size else 0 :]

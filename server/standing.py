@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.daemon import OVER, State
-from server.report_units import duration, loss, one_line
+from server.report_units import duration, loss, one_line, plural
 
 GONE = "gone"  # ended without a last word: killed, or the machine was
 
@@ -66,7 +66,7 @@ class Standing:
 
 def process_words(process: Mapping[str, Any]) -> str:
     pid, restarts = process.get("pid"), process.get("restarts", 0)
-    return (f"pid {pid}" if pid else "not running") + (f", started again {restarts} times" if restarts else "")
+    return (f"pid {pid}" if pid else "not running") + (f", started again {plural(restarts, 'time')}" if restarts else "")
 
 
 def by_word(group: Mapping[str, str]) -> dict[str, list[str]]:

@@ -21,6 +21,7 @@ from fedtune.tending import Tending
 from server.enrolment import Anybody, Enrolment, Standing
 from server.flower_control import Control, NoSuperLink
 from server.following import Progress, as_seen_anywhere, ended, follow, keep_log, require_completed, submit
+from server.loglines import last_lines
 from server.records import RoundRecord, Watcher
 from server.said import Said
 from server.settings import Settings
@@ -108,8 +109,8 @@ class Server:
         fallen = self._tending.tend()
         for name in fallen:
             log = self._processes.log(name)
-            why = " ".join(tail(log, 300).split())
-            self._tell(f"{name} ended with exit code {self._tending.exit_code(name)} and is started again ({log}): {why}", True)
+            code, last = self._tending.exit_code(name), " ".join(last_lines(log, 2))
+            self._tell(f"{name} ended with exit code {code} and is started again; its last words in {log}: {last}", True)
         self._said.say(processes=self._tending.as_json())
         return bool(fallen)
 
