@@ -1,14 +1,14 @@
 """Seconds a round of a deployment beyond local compute, side by side in one run: a stock Flower app, and fedtune.
 
-    python -m simulations.bench_deploy             # about five minutes on two cores
+    python -m simulations.bench_deploy             # about six minutes on two quiet cores
     python -m simulations.bench_deploy training    # one of: training, evaluation (each round, beside training)
 
 Two nodes on one machine, each with half of its cores: the shipped model of 3.28 M parameters, LoRA of rank 8, 5 steps of
 4 x 128 tokens, in float32. Stock: `simulations/stock_app` on Flower's processes as they come; its examples are tokenized
 before. Ours: what `fedtune server` and `fedtune client` start, with TLS, node keys, signed asks and sealed answers. Local
 compute: the stock app's steps in two processes that hold model and data and work at the same time; a round takes as long as the
-slower. It is measured before, between and after the two, so that a slow minute of the machine falls on it too. The first round
-is apart; of the others the mean counts.
+slower. It is measured before and after each of the two, so that a slow minute of the machine falls on it too. The first round
+is apart; of the others the mean counts. Ours loads its models before that, when the coordinator says hello.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 
@@ -33,54 +35,71 @@ LOCAL_ROUNDS = 5  # at a time; one more before them warms up
 GOAL = 5.0  # seconds
 
 
+@dataclass(frozen=True)
+class Side:
+    name: str
+    rounds: Sequence[float]  # seconds
+    alone: Sequence[float] = ()  # seconds of the steps alone, before and after
+
+    @property
+    def round(self) -> float:
+        return mean(self.rounds[1:])
+
+    @property
+    def local(self) -> float:
+        return median(self.alone)
+
+    @property
+    def beyond(self) -> float:
+        return self.round - self.local
+
+
 def measure(what: str, console: Console) -> list[Ratio]:
     with tempfile.TemporaryDirectory(prefix="ft") as name:
         folder, evaluate = Path(name), what == "evaluation"
         write_tokens(folder)
         with Local(folder) as local:
-            alone = local.rounds(LOCAL_ROUNDS, evaluate)
-            theirs = stock(folder / "stock", folder, ROUNDS[what], evaluate)
-            alone += local.rounds(LOCAL_ROUNDS, evaluate)
-            own = ours(folder / "ours", ROUNDS[what], evaluate)
-            alone += local.rounds(LOCAL_ROUNDS, evaluate)
-        console.print(rounds_table(what, alone, theirs, own))
+            before = local.rounds(LOCAL_ROUNDS, evaluate)
+            theirs = Side("stock Flower app", stock(folder / "stock", folder, ROUNDS[what], evaluate))
+            between = local.rounds(LOCAL_ROUNDS, evaluate)
+            own = Side("ours", ours(folder / "ours", ROUNDS[what], evaluate))
+            after = local.rounds(LOCAL_ROUNDS, evaluate)
+        theirs, own = replace(theirs, alone=before + between), replace(own, alone=between + after)
+        console.print(rounds_table(what, theirs, own))
         if not evaluate:
-            console.print(parts_table(breakdown(read(folder / "ours" / "trace"))[1:], median(alone)))
-    return ratios(what, median(alone), mean(theirs[1:]), mean(own[1:]))
+            console.print(parts_table(breakdown(read(folder / "ours" / "trace"))[1:]))
+    return ratios(what, theirs, own)
 
 
-def ratios(what: str, alone: float, theirs: float, own: float) -> list[Ratio]:
+def ratios(what: str, theirs: Side, own: Side) -> list[Ratio]:
     beyond = f"{what}: seconds a round beyond local compute"
     return [
-        (f"{beyond}, ours / goal", own - alone, GOAL, "<= 1"),
-        (f"{beyond}, stock app / ours", theirs - alone, own - alone, ">= 3"),
-        (f"{what}: seconds a round, stock app / local compute", theirs, alone, ">= 0"),
-        (f"{what}: seconds a round, ours / local compute", own, alone, ">= 0"),
+        (f"{beyond}, ours / goal", own.beyond, GOAL, "<= 1"),
+        (f"{beyond}, stock app / ours", theirs.beyond, own.beyond, ">= 3"),
+        (f"{what}: seconds a round, stock app / local compute", theirs.round, theirs.local, ">= 0"),
+        (f"{what}: seconds a round, ours / local compute", own.round, own.local, ">= 0"),
     ]
 
 
-def rounds_table(what: str, alone: list[float], theirs: list[float], own: list[float]) -> Table:
+def rounds_table(what: str, *sides: Side) -> Table:
     load = " ".join(f"{figure:.2f}" for figure in os.getloadavg())
     table = Table("seconds a round", "first", "others", "from", "to", "beyond", title=f"{what}, load of the machine {load}")
-    table.add_row("local compute", "", *figures([median(alone), min(alone), max(alone)]), "")
-    for side, seconds in (("stock Flower app", theirs), ("ours", own)):
-        others = seconds[1:]
-        table.add_row(side, *figures([seconds[0], mean(others), min(others), max(others), mean(others) - median(alone)]))
+    for side in sides:
+        table.add_row(side.name, *figures(side.rounds[0], side.round, min(side.rounds[1:]), max(side.rounds[1:]), side.beyond))
+        table.add_row("  local compute beside it", "", *figures(side.local, min(side.alone), max(side.alone)), "")
     return table
 
 
-def parts_table(rounds: list[list[float]], alone: float) -> Table:
-    """The mean of the rounds."""
+def parts_table(rounds: list[list[float]]) -> Table:
+    """The mean of the rounds, of the gradient steps and of all the rest too."""
     table = Table("ours: where the seconds of a round go", "mean", "from", "to", title="the way of the slowest answer")
-    for number, (part, seconds) in enumerate(zip(PARTS, zip(*rounds, strict=True), strict=True)):
-        beyond = f", {mean(seconds) - alone:+.2f} beyond local compute" if number == STEPS else ""
-        table.add_row(part + beyond, *figures([mean(seconds), min(seconds), max(seconds)]))
-    sums = [sum(seconds) for seconds in rounds]
-    table.add_row("together", *figures([mean(sums), min(sums), max(sums)]))
+    rest = [sum(seconds) - seconds[STEPS] for seconds in rounds]
+    for part, seconds in (*zip(PARTS, zip(*rounds, strict=True), strict=True), ("all but the gradient steps", rest)):
+        table.add_row(part, *figures(mean(seconds), min(seconds), max(seconds)))
     return table
 
 
-def figures(seconds: list[float]) -> list[str]:
+def figures(*seconds: float) -> list[str]:
     return [f"{figure:.2f}" for figure in seconds]
 
 

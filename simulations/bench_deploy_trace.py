@@ -54,10 +54,14 @@ def parts(play: Call, calls: Sequence[Call]) -> list[float]:
     slowest = last(within, "_push_messages", before=fetched.ended)
     way = [call for call in within if call.node == slowest.node]
     asked, found, taken, answered, fit, given = (last(way, what, before=slowest.ended) for what in HOPS)
-    times = [sent.began, sent.ended, asked.began, asked.ended, found.ended, taken.ended, answered.began]
+    looked = max(asked.began, sent.ended)  # a look that began before the ask was there waited for nothing
+    times = [sent.began, sent.ended, looked, asked.ended, found.ended, taken.ended, answered.began]
     times += [answered.ended, given.ended, slowest.ended, fetched.ended]
     steps = fit.ended - fit.began
-    between = [after - before for before, after in pairwise(accumulate(times, max))]  # a look may begin before the ask is there
+    times = list(accumulate(reversed(times), min))[
+        ::-1
+    ]  # the SuperNode may be at work on an ask that is with the trainer already
+    between = [after - before for before, after in pairwise(times)]
     between[STEPS - 2 : STEPS - 1] = [between[STEPS - 2] - steps, steps]  # within the trainer's part
     return [play.ended - play.began - sum(between), *between]
 

@@ -16,7 +16,7 @@ from flwr.cli.build import build_fab_from_disk
 
 from fedtune.base import blueprint
 from fedtune.paths import app_root, base_model
-from simulations.bench_deploy import parts_table, ratios, rounds_table
+from simulations.bench_deploy import Side, parts_table, ratios, rounds_table
 from simulations.bench_deploy_sides import BATCH, LENGTH, STEPS, Local, config_of, job_of, write_tokens
 from simulations.bench_deploy_trace import PARTS, Call, breakdown, read
 from simulations.bench_deploy_trace import STEPS as PLACE
@@ -59,6 +59,14 @@ def test_a_look_that_began_before_the_ask_was_there_waits_for_nothing() -> None:
     calls = [Call(c.what, c.node, 0.25, c.ended) if c.what == "_pull_and_store_message" else c for c in calls_of_a_round()]
     (seconds,) = breakdown(sorted(calls, key=lambda call: call.ended))
     assert seconds[2:4] == [0.0, 0.5]
+    assert sum(seconds) == 10.0
+
+
+def test_the_trainer_may_begin_before_the_supernode_is_done_with_the_ask() -> None:
+    """At 3 s; what the SuperNode does until 3.1 s keeps nobody waiting."""
+    calls = [Call(c.what, c.node, c.began, 3.1) if c.what == "_pull_and_store_message" else c for c in calls_of_a_round()]
+    (seconds,) = breakdown(sorted(calls, key=lambda call: call.ended))
+    assert seconds[3:8] == [0.5, 0.0, 0.25, 0.5, 0.75]
     assert sum(seconds) == 10.0
 
 
@@ -125,12 +133,19 @@ def test_the_steps_alone(tmp_path: Path) -> None:
 
 
 def test_what_is_shown() -> None:
-    """The first round is apart: of ours (1 + 3) / 2 = 2 s count, of the stock app's 17 s, and of 1 s alone."""
-    assert [(one, other) for _, one, other, _ in ratios("training", 1.0, 17.0, 2.0)] == [(1, 5), (16, 1), (17, 1), (2, 1)]
-    table = rounds_table("training", [1.0, 1.5, 0.5], [20.0, 16.0, 18.0], [9.0, 1.0, 3.0])
-    assert [list(column.cells)[1:] for column in table.columns[1:]] == [
-        ["20.00", "9.00"], ["17.00", "2.00"], ["16.00", "1.00"], ["18.00", "3.00"], ["16.00", "1.00"],
-    ]  # fmt: skip
-    shown = parts_table([[0.1] * len(PARTS), [0.3] * len(PARTS)], alone=0.05)
-    assert list(shown.columns[1].cells) == [*["0.20"] * len(PARTS), "2.40"]
-    assert "+0.15 beyond" in list(shown.columns[0].cells)[PLACE]
+    """The first round is apart: of ours (1 + 3) / 2 = 2 s count, of the stock app's 17 s; alone it was 1.5 s or 1 s."""
+    theirs = Side("stock", [20.0, 16.0, 18.0], alone=[1.0, 1.5, 9.0])
+    own = Side("ours", [9.0, 1.0, 3.0], alone=[1.0, 0.5, 1.5])
+    assert [(one, other) for _, one, other, _ in ratios("training", theirs, own)] == [(1, 5), (15.5, 1), (17, 1.5), (2, 1)]
+    table = rounds_table("training", theirs, own)
+    rows = [list(row) for row in zip(*(column.cells for column in table.columns), strict=True)]
+    assert rows[0][1:] == ["20.00", "17.00", "16.00", "18.00", "15.50"]
+    assert rows[1][2:] == ["1.50", "1.00", "9.00", ""]
+    assert rows[2][1:] == ["9.00", "2.00", "1.00", "3.00", "1.00"]
+
+
+def test_the_gradient_steps_are_not_among_the_rest() -> None:
+    """Of twelve parts of 0.1 s, or 0.3 s."""
+    shown = parts_table([[0.1] * 12, [0.3] * 12])
+    assert list(shown.columns[1].cells) == [*["0.20"] * 12, "2.20"]
+    assert "gradient steps" in list(shown.columns[0].cells)[PLACE]
