@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
+from client.fleet import lose_no_ask
 from client.told import Link
 from client.waits import Waits
 
@@ -112,6 +113,7 @@ def main() -> None:
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
     shorten_waits(importlib.import_module(LOOP))
+    lose_no_ask()
     if given.link:
         watch(given.link)
     flower_supernode()

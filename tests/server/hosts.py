@@ -75,10 +75,12 @@ class Hosts:
         return ["ip", "netns", "exec", self._names[host], *words]
 
     def cut(self, client: str) -> None:
-        """At the server's end: the client's machine sees nothing but silence."""
+        """At the server's end, and what is on its way is lost: the client's machine sees nothing but silence."""
+        self._wire.close(self._port(client))
         self._ip_in(SERVER, "link", "set", self._port(client), "down")
 
     def heal(self, client: str) -> None:
+        self._wire.open(self._port(client))
         self._ip_in(SERVER, "link", "set", self._port(client), "up")
 
     def losses(self) -> str:
@@ -104,8 +106,7 @@ class Hosts:
             _run(*self.on(SERVER, *_netem(port)))
             _run(*self.on(client, *_netem("uplink")))
         else:
-            ends = [self._tap(SERVER, port), self._tap(client, "uplink")]
-            self._wire.between(*ends)
+            self._wire.between(self._tap(SERVER, port), self._tap(client, "uplink"), port)
         self._ip_in(SERVER, "link", "set", port, "master", "lan", "up")
         self._ip_in(client, "address", "add", address, "dev", "uplink")
         self._ip_in(client, "link", "set", "uplink", "up")
@@ -126,13 +127,22 @@ class Wire:
     """Carries frames between pairs of files, each frame late by ONE_WAY, or never."""
 
     def __init__(self, chance: random.Random) -> None:
-        self._chance, self._other = chance, dict[int, int]()
+        self._chance, self._other, self._name = chance, dict[int, int](), dict[int, str]()
+        self._closed = set[str]()
         self._late: list[tuple[float, int, int, bytes]] = []  # when, number, file, frame
         self._over, self._thread = threading.Event(), threading.Thread(target=self._carry, name="wire", daemon=True)
         self.carried = self.lost = 0
 
-    def between(self, one: int, other: int) -> None:
+    def between(self, one: int, other: int, name: str) -> None:
         self._other |= {one: other, other: one}
+        self._name |= {one: name, other: name}
+
+    def close(self, name: str) -> None:
+        """Nothing arrives, not even what is on its way."""
+        self._closed.add(name)
+
+    def open(self, name: str) -> None:
+        self._closed.discard(name)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -168,7 +178,8 @@ class Wire:
         while self._late and self._late[0][0] <= time.monotonic():
             *_, file, frame = heapq.heappop(self._late)
             with suppress(OSError):  # its end is down
-                os.write(file, frame)
+                if self._name[file] not in self._closed:
+                    os.write(file, frame)
 
 
 def _netem(device: str) -> list[str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -26,7 +27,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(REASON), reason=REASON),
 
 CLIENTS = ("asyncio", "http")
 PORT = 8000
-CUT = 60.0 if os.environ.get("FEDTUNE_SLOW") == "1" else 20.0  # seconds
+THOROUGH = os.environ.get("FEDTUNE_SLOW") == "1"
+CUT = 60.0 if THOROUGH else 20.0  # seconds
+LONGER_THAN_A_LOOK = 34.0  # seconds; a node waits 30 for an answer, and its server 37 or more for a heartbeat
 FAREWELL = 20.0  # seconds for a server or client to end its own processes
 JOB = {
     "compare": "false",
@@ -83,6 +86,13 @@ class Federation:
         """The --dir of what runs there."""
         return self.folder / host / "own"
 
+    def handed_out(self, client: str) -> bool:
+        """Whether there is an ask that the SuperLink has sent to the client, and that is not answered."""
+        asks = "SELECT count(*) FROM message_ins JOIN node ON node_id = dst_node_id WHERE public_key = ? AND delivered_at != ''"
+        key = self.keys.registry.client(client).node_pem()
+        with closing(sqlite3.connect(f"file:{self.own(SERVER)}/superlink.db?mode=ro", uri=True)) as database:
+            return bool(database.execute(asks, [key]).fetchone()[0])
+
     def said(self, host: str) -> str:
         """All that its operator has seen."""
         return tail(self._machines[host].log("fedtune"), 10_000)
@@ -106,12 +116,12 @@ class Run:
         records = [RoundRecord.from_json(json.loads(line)) for line in lines if line.endswith("\n")]
         return {record.round: record.answered for record in records if record.round}
 
-    def until(self, what: Callable[[], bool], timeout: float = 180) -> None:
+    def until(self, what: Callable[[], bool], timeout: float = 180, every: float = 0.05) -> None:
         deadline = time.monotonic() + timeout
         while not what():
             assert self._server.poll() is None, "the server has ended"
             assert time.monotonic() < deadline, f"waited {timeout:.0f} s in vain"
-            time.sleep(0.05)
+            time.sleep(every)
 
     def until_the_end(self) -> int:
         """The server's exit code."""
@@ -147,3 +157,21 @@ def test_a_link_that_is_cut_and_heals_costs_time_alone(federation: Federation) -
         assert run.until_the_end() == 0
     assert run.answers() == {1: 2, 2: 2, 3: 2}
     assert "connected again to" in federation.said(away)
+
+
+@pytest.mark.skipif(not THOROUGH, reason="takes two minutes; FEDTUNE_SLOW=1 runs it")
+def test_an_ask_that_is_lost_on_its_way_is_sent_again(federation: Federation) -> None:
+    """The server has handed it out and counts it as delivered; without client/fleet.py it would wait for rounds.timeout."""
+    away = CLIENTS[0]
+    heard = federation.own(away) / "heard.json"
+    with federation.run("lost") as run:
+        run.until(lambda: run.answers() == {1: 2})
+        asked = heard.read_text()
+        run.until(lambda: federation.handed_out(away), every=0.002)
+        federation.hosts.cut(away)  # the answer takes 50 ms
+        time.sleep(LONGER_THAN_A_LOOK)
+        if heard.read_text() != asked:
+            pytest.skip("this machine was too slow to cut the link in time")
+        federation.hosts.heal(away)
+        assert run.until_the_end() == 0
+    assert run.answers() == {1: 2, 2: 2, 3: 2}
