@@ -31,6 +31,8 @@ def meet(grid: Grid, job: Job, plan: Blueprint, post: Post = OPEN) -> tuple[dict
         try:
             info = _introduced(reply, plan.adapter.base)
             _require_possible(info, job, plan)
+            if job.clients.names and info.id not in job.clients.names:
+                raise ClientFailed(f"{info.id}: it is none of those that the job names (clients.names)")
             if info.id in clients:
                 raise ClientFailed(f"node {reply.node}: a client named '{info.id}' is already here, names must differ")
         except ClientFailed as reason:

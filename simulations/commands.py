@@ -105,7 +105,7 @@ def simulate(
 
     with said_when_stopped(), _free(folder, overwrite), LiveTable(Console()) as table, TensorBoard(folder) as events:
         _run(checked, folder, engine, Several([table, events]))
-    _finish(folder)
+    of_the_server.say_where(folder)
 
 
 @app.command()
@@ -213,16 +213,6 @@ def _run(job: Job, folder: Path, engine: Engine, watcher: Watcher) -> None:
     run_with_flower(job, folder, watcher)
     if job.compare:
         in_process.compare_with(in_process.resident_trainer(job, watcher), folder, watcher)
-
-
-def _finish(folder: Path) -> None:
-    """Where everything is, and how to load it."""
-    from server.report import loading_lines, write_report
-    from server.report_folder import read_run
-
-    report, run = write_report(folder), read_run(folder)
-    typer.echo(f"report:  {report}\n{run.published + ':':<8} {folder / run.published}, loaded with:\n")
-    typer.echo(loading_lines(run, folder))
 
 
 @contextmanager

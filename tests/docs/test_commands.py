@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from fedtune.job import load_job
 from simulations.commands import SCENARIOS, Engine, app
 from simulations.sweep import plan
+from tests.docs import test_deploy_page as deploy_page
 
 ROOT = Path(__file__).parents[2]
 # docs/write-a-strategy.md has a test of its own.
@@ -27,7 +28,10 @@ PAGES = (
     "CONTRIBUTING.md",
     *(
         f"docs/{name}.md"
-        for name in ("architecture", "decisions", "job", "compression", "choosing-a-strategy", "seeds", "selective-layers")
+        for name in (
+            *("architecture", "decisions", "job", "compression", "choosing-a-strategy", "seeds", "selective-layers"),
+            *("deploy", "security"),
+        )
     ),
 )
 SMALL = ("rounds.count=1", "train.steps=1", "clients.count=2", "data.max_held_out=2", "data.max_length=32", "compare=false")
@@ -102,6 +106,8 @@ def test_command(command: str, workspace: Path, tmp_path: Path) -> None:
             names = words[words.index("--strategies") + 1].split(",") if "--strategies" in words else []
             planned = plan(SCENARIOS / f"{scenario}.toml", names, 1, [], tmp_path)
             assert not planned.impossible
+        case ["fedtune", "up" | "keys" | "server" | "client" | "doctor" | "status" | "logs" | "stop", *_]:
+            assert command in deploy_page.commands()  # played there, in its order
         case ["fedtune", *words]:
             assert fedtune(*words)
         case ["make", *words]:
