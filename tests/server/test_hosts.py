@@ -141,7 +141,7 @@ def test_three_hosts_on_a_slow_network_that_loses_packets(federation: Federation
     assert run.answers() == {1: 2, 2: 2, 3: 2}
 
 
-def test_a_link_that_is_cut_and_heals_costs_time_alone(federation: Federation) -> None:
+def test_a_link_that_is_cut_and_heals_ends_no_run(federation: Federation) -> None:
     """A server that is started again, to which the clients come back by themselves. One is cut off while it trains in round 2:
     what it then sends arrives late; or the server, which has given it up meanwhile, asks it again."""
     away = CLIENTS[1]
