@@ -14,6 +14,8 @@ import typer
 Folder = Annotated[Path, typer.Option("--dir", help="Its folder: state, logs, database.")]
 Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 
+EVERYWHERE, PORT = "0.0.0.0", 8000
+
 
 def add_to(app: typer.Typer) -> None:
     for command in (server, status, stop, logs):
@@ -23,8 +25,8 @@ def add_to(app: typer.Typer) -> None:
 def server(
     job: Annotated[str, typer.Argument(help="A job file, or the name of a scenario that is shipped: demo.")],
     folder: Folder,
-    host: Annotated[str, typer.Option(help="IP address to listen on.")] = "0.0.0.0",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    host: Annotated[str, typer.Option(help="IP address to listen on.")] = EVERYWHERE,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = PORT,
     keys: Annotated[
         Path | None, typer.Option(envvar="FEDTUNE_KEYS", help="What `fedtune keys init` made; absent is keys in --dir.")
     ] = None,
@@ -35,23 +37,42 @@ def server(
     insecure: Annotated[bool, typer.Option(help="No TLS, no keys, no signatures: on loopback only.")] = False,
     insecure_anywhere: Annotated[bool, typer.Option(help="The same on any address: whoever reaches it can do all.")] = False,
     wait: Annotated[float | None, typer.Option(min=0, help="Seconds to wait for clients; absent is for ever.")] = None,
+    superlink: Annotated[str, typer.Option(help="host:port of a SuperLink that somebody else runs; none is started.")] = "",
+    superlink_ca: Annotated[Path | None, typer.Option(help="Authority of its certificate; absent is ca.pem in --keys.")] = None,
+    superlink_secret: Annotated[
+        Path | None, typer.Option(help="What its operator gave it as --superexec-auth-secret-file.")
+    ] = None,
 ) -> None:
     """Run a job with clients on other machines: wait for them, show the rounds, end with the run."""
     from rich.console import Console
 
-    from server.settings import checked
+    from server.guest import Guest
+    from server.settings import checked, checked_guest
     from server.signals import stoppable
-    from server.supervisor import serve
+    from server.supervisor import Server, serve
 
-    given = checked(job, folder, host, port, keys, out, set_ or [], insecure, insecure_anywhere, wait)
+    if superlink:
+        _require_guest(host, port, insecure or insecure_anywhere)
+        given = checked_guest(job, folder, superlink, superlink_ca, superlink_secret, keys, out, set_ or [], wait)
+    else:
+        given = checked(job, folder, host, port, keys, out, set_ or [], insecure, insecure_anywhere, wait)
     try:
         with stoppable():
-            serve(given, Console())
+            serve(given, Console(), Guest if given.foreign else Server)
     except KeyboardInterrupt as stopped:
         kept = f"finished rounds are in {given.run}, " if given.run.is_dir() else "no round was finished, "
         typer.echo(f"fedtune: stopped; {kept}logs in {given.folder / 'logs'}", err=True)
         raise typer.Exit(getattr(stopped, "exit_code", 130)) from stopped
     say_where(given.run)
+
+
+def _require_guest(host: str, port: int, insecure: bool) -> None:
+    from fedtune.errors import UserError
+
+    if insecure:
+        raise UserError("--superlink and --insecure were both given; a SuperLink of somebody else wants TLS and keys")
+    if (host, port) != (EVERYWHERE, PORT):
+        raise UserError("--superlink starts nothing that listens; leave --host and --port out")
 
 
 def say_where(run: Path) -> None:

@@ -13,10 +13,13 @@ Standing = Literal["connected", "missing", "revoked"]
 
 
 class Enrolment:
-    """`step()` now and then. What could not be done is in `problems`, client -> why, and is tried again at the next step."""
+    """`step()` now and then. What could not be done is in `problems`, client -> why, and is tried again at the next step.
 
-    def __init__(self, control: Control, registry: Registry) -> None:
-        self._control, self._registry = control, registry
+    `alone`: nobody else uses this SuperLink, so every node that is not of the registry goes; otherwise those that were revoked.
+    """
+
+    def __init__(self, control: Control, registry: Registry, alone: bool = True) -> None:
+        self._control, self._registry, self._alone = control, registry, alone
         self.problems: dict[str, str] = {}
 
     def step(self) -> dict[str, Standing]:
@@ -26,8 +29,9 @@ class Enrolment:
         self.problems = {}
         for key, name in welcome.items():
             self._let_in(key, name, nodes.get(key))
+        unwelcome = nodes.keys() - welcome.keys() if self._alone else {r.node_pem() for r in records.values() if r.revoked}
         for key, node in nodes.items():
-            if key not in welcome and node.status != "unregistered":
+            if key in unwelcome and node.status != "unregistered":
                 self._control.unregister(node.id)
         return standing(records, nodes)
 

@@ -112,6 +112,13 @@ class Control:
             found = self._client.ListRuns(flower.ListRunsRequest()).run_dict
         return [int(run) for run, about in found.items() if not spoken(about)[0].startswith("finished")]
 
+    def waiting_before(self, run: int) -> list[int]:
+        """Runs that were submitted before this one and wait for an executor."""
+        with self._in_words():
+            found = self._client.ListRuns(flower.ListRunsRequest()).run_dict
+        waiting = {number: about.pending_at for number, about in found.items() if spoken(about)[0] == "pending"}
+        return [int(other) for other, since in waiting.items() if (since, other) < (waiting.get(run, ""), run)]
+
     def stop(self, run: int) -> None:
         with self._in_words():
             self._client.StopRun(flower.StopRunRequest(run_id=run))

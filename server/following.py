@@ -27,6 +27,11 @@ def submit(
     return control.submit(bundle, config, federation)
 
 
+def submit_bare(control: Control, at: Path, clientapp: str) -> int:
+    """A run that tells the SuperLink nothing; its ServerApp is told here. Where it is executed elsewhere, it ends at once."""
+    return control.submit(make_bundle(at / "bundle", "server.app:app", clientapp), {})
+
+
 def as_seen_anywhere(job: Job, clients: int) -> Job:
     """The job with its number of clients, and absolute paths: Flower's processes run in another folder."""
     strategy, colon, attribute = job.strategy.name.rpartition(":")

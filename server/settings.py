@@ -16,6 +16,7 @@ from fedtune.paths import job_file
 from fedtune.security.addresses import Address, address
 from fedtune.security.certificates import certificate_problem
 from fedtune.security.coordinator_keys import CoordinatorKeys
+from server.foreign import Foreign, checked_foreign
 from server.run_folder import require_free
 
 HERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # how the machine itself reaches what listens everywhere
@@ -29,14 +30,19 @@ class Settings:
     listens: Address
     keys: CoordinatorKeys | None  # None: neither TLS nor identities nor signatures
     patience: float | None = None  # seconds to wait for clients; None is for ever
+    foreign: Foreign | None = None  # the SuperLink, where somebody else runs it
 
     @property
     def here(self) -> str:
         """The SuperLink as this machine reaches it."""
+        if self.foreign:
+            return str(self.foreign.at)
         return str(Address(HERE.get(self.listens.host, self.listens.host), self.listens.port))
 
     @property
     def ca(self) -> Path | None:
+        if self.foreign:
+            return self.foreign.ca
         return self.keys.tls()[0] if self.keys else None
 
     def registered(self) -> dict[str, bool] | None:
@@ -70,16 +76,41 @@ def checked(
 ) -> Settings:
     """Raises UserError with what is to be mended; then nothing was written and nothing runs."""
     folder = folder.absolute()
-    require_nobody(folder)
-    checked_job = load_job(job_file(job), overrides)
-    run = (out or folder / "runs" / checked_job.name).absolute()
-    require_free(run)
+    checked_job, run = checked_run(job, folder, out, overrides)
     require_address(host)
     if insecure or anywhere:
         require_loopback(host, anywhere)
     own = None if insecure or anywhere else checked_keys(keys or folder / "keys", HERE.get(host, host))
     require_port(host, port)
     return Settings(checked_job, folder, run, Address(host, port), own, patience)
+
+
+def checked_guest(
+    job: str,
+    folder: Path,
+    superlink: str,
+    ca: Path | None = None,
+    secret: Path | None = None,
+    keys: Path | None = None,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+    patience: float | None = None,
+) -> Settings:
+    """The same for a SuperLink that somebody else runs at `superlink`. There is no way to go there without keys."""
+    folder = folder.absolute()
+    checked_job, run = checked_run(job, folder, out, overrides)
+    own = CoordinatorKeys.load((keys or folder / "keys").absolute())
+    foreign = checked_foreign(superlink, ca or own.tls()[0], secret)
+    return Settings(checked_job, folder, run, foreign.at, own, patience, foreign)
+
+
+def checked_run(job: str, folder: Path, out: Path | None, overrides: Sequence[str]) -> tuple[Job, Path]:
+    """The job, and the folder of its run, which is free."""
+    require_nobody(folder)
+    checked_job = load_job(job_file(job), overrides)
+    run = (out or folder / "runs" / checked_job.name).absolute()
+    require_free(run)
+    return checked_job, run
 
 
 def require_nobody(folder: Path) -> None:

@@ -36,16 +36,17 @@ LOOK = 2.0  # seconds between looks at registry and nodes
 FAREWELL = 5.0  # seconds for the log of a run to come to its end
 
 
-def serve(settings: Settings, console: Console) -> None:
-    """Up to the end of the run. Raises RoundFailed where it did not complete."""
+def serve(settings: Settings, console: Console, life: type[Server] | None = None) -> None:
+    """Up to the end of the run. Raises RoundFailed where it did not complete. `life`: absent is one with its own SuperLink."""
     wanted_of(settings.job, settings.registered())
-    keep_off_proxies(os.environ, settings.listens.host)
+    if settings.foreign is None:
+        keep_off_proxies(os.environ, settings.listens.host)
     said = Said(settings.folder, State(role="server", address=str(settings.listens)))
     with said.to_the_end():
         end(started_in(settings.folder))  # what a server that was killed has left
         processes = Processes(settings.folder, logs=settings.folder / "logs")
         with processes, Control(settings.here, settings.ca) as control:
-            Server(settings, processes, control, said, console).run()
+            (life or Server)(settings, processes, control, said, console).run()
 
 
 def keep_off_proxies(environment: MutableMapping[str, str], host: str) -> None:
@@ -62,7 +63,7 @@ class Server:
         self._settings, self._processes, self._control = settings, processes, control
         self._said, self._console = said, console
         self._tending = Tending(processes)
-        self._enrolment = Enrolment(control, settings.keys.registry) if settings.keys else Anybody(control)
+        self._enrolment = _enrolment(settings, control)
         self._clients: Mapping[str, Standing] | None = None
         self._looked = float("-inf")
         self._told: set[str] = set()
@@ -117,23 +118,30 @@ class Server:
     def _play(self, clients: list[str]) -> None:
         settings = self._settings
         job = as_seen_anywhere(settings.job, len(clients))
-        keys = settings.keys.folder if settings.keys else None
-        run = submit(self._control, job, settings.run, settings.folder, CLIENTAPP, keys)
+        run = self._submit(job)
         about = {"name": job.name, "folder": str(settings.run), "flower": str(run), "round": 0, "rounds": job.rounds.count}
         self._said.say(phase="running", run=about)
-        log = keep_log(settings.here, settings.ca, run, self._processes.log("run"))
         try:
             with LiveTable(self._console) as table, TensorBoard(settings.run) as events:
                 watcher = Several([table, events, Rounds(self._said, table)])
                 watcher.started(job, dict.fromkeys(clients, 0))
-                progress = Progress(settings.run / "metrics.jsonl", watcher)
-                status, details = follow(self._control, run, progress, lambda: self._between(run))
+                self._follow(run, Progress(settings.run / "metrics.jsonl", watcher))
         except BaseException:
             with suppress(FedtuneError):
                 self._control.stop(run)
             raise
+
+    def _submit(self, job: Job) -> int:
+        settings = self._settings
+        keys = settings.keys.folder if settings.keys else None
+        return submit(self._control, job, settings.run, settings.folder, CLIENTAPP, keys)
+
+    def _follow(self, run: int, progress: Progress) -> None:
+        file = self._processes.log("run")
+        log = keep_log(self._settings.here, self._settings.ca, run, file)
+        status, details = follow(self._control, run, progress, lambda: self._between(run))
         log.join(FAREWELL)
-        require_completed(status, details, tail(self._processes.log("run"), 2000))
+        require_completed(status, details, tail(file, 2000))
 
     def _between(self, run: int) -> None:
         """A run does not outlive its SuperLink, whose ServerApp ends with it; unless it had ended before."""
@@ -159,6 +167,12 @@ class Server:
         if again or words not in self._told:
             self._told.add(words)
             self._console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+
+def _enrolment(settings: Settings, control: Control) -> Enrolment | Anybody:
+    if settings.keys is None:
+        return Anybody(control)
+    return Enrolment(control, settings.keys.registry, alone=settings.foreign is None)
 
 
 class Rounds(Quiet):
