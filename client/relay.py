@@ -26,8 +26,10 @@ from client.transport import checked
 from client.waits import Waits
 from fedtune.errors import FedtuneError, UserError
 from fedtune.messages import from_record
+from fedtune.security.sealing import UNANSWERED
 
 log = logging.getLogger("fedtune.relay")
+SEALED_REASON = "the trainer's log says why"
 SHORTEST, LONGEST = 0.05, 0.5  # seconds between looks for a task
 GONE = 1.0  # seconds before a SuperNode that did not answer is asked again
 
@@ -83,7 +85,7 @@ class Relay:
             asked, answer = from_record(message.content).header, from_record(reply.content).header
         except FedtuneError:
             return  # it was no message of ours, and was answered as such
-        failed = plain(answer.get("failed", ""))
+        failed = plain(answer.get("failed", SEALED_REASON if UNANSWERED in answer else ""))
         what = f"{plain(asked.get('kind'))} {plain(asked.get('ask'))} of run {plain(asked.get('run'))}"
         log.info("%s: %s", what, f"failed: {failed}" if failed else f"answered in {seconds:.2f} s")
         self._answers.tell(asked, seconds, failed)

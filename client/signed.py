@@ -20,7 +20,7 @@ from client.transport import failure
 from fedtune.envelope import Envelope
 from fedtune.errors import Refused, UserError
 from fedtune.security.sealing import sealed
-from fedtune.security.signing import ANSWER, ASK, Stamp, signed, verified
+from fedtune.security.signing import ANSWER, ASK, SIGNATURE, Stamp, signed, verified
 
 log = logging.getLogger("fedtune.trainer")
 DAY = 24 * 3600 * 10**9  # nanoseconds
@@ -64,6 +64,10 @@ class Signed:
         return sealed(answer, stamp, self._keys.seal) if stamp.seal else answer
 
     def _accepted(self, ask: Envelope) -> tuple[Envelope, Stamp]:
+        if SIGNATURE not in ask.header:
+            raise Refused(
+                "it is not signed: the run was not started by `fedtune server` with the keys of this coordinator"
+            )
         opened, stamp = verified(ask, self._keys.verify, ASK)
         if stamp.serial <= self._heard.serial:
             raise Refused(

@@ -17,14 +17,17 @@ from fedtune.errors import MalformedMessage, Refused
 from fedtune.security.signing import Stamp
 
 SEALED = "fedtune.sealed"
+UNANSWERED = "unanswered"
 SUITE = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.CHACHA20_POLY1305)
 
 
 def sealed(envelope: Envelope, stamp: Stamp, key: X25519PublicKey) -> Envelope:
-    """Nothing but who answers which message can be seen of it, and how long it is."""
+    """Nothing but who answers which message can be seen of it, how long it is, and whether it is a failure: that is for the log
+    of the relay, and counts for nothing."""
     data = SUITE.encrypt(b"".join(envelope.pieces()), key, _place(stamp))
     header = {"version": WIRE_VERSION, "run": stamp.run, "serial": stamp.serial, "client": stamp.client}
-    return Envelope(header, (WireTensor(SEALED, "uint8", (len(data),), SEALED, data),))
+    failed = {UNANSWERED: True} if "failed" in envelope.header else {}
+    return Envelope(header | failed, (WireTensor(SEALED, "uint8", (len(data),), SEALED, data),))
 
 
 def is_sealed(envelope: Envelope) -> bool:

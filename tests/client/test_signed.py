@@ -14,7 +14,7 @@ from client.signed import DAY, Signed
 from client.transport import failure
 from fedtune.envelope import Envelope, WireTensor
 from fedtune.errors import UserError
-from fedtune.security.sealing import is_sealed, opened
+from fedtune.security.sealing import UNANSWERED, is_sealed, opened
 from fedtune.security.signing import ANSWER, ASK, STAMP, Stamp, signed, verified
 
 COORDINATOR, STRANGER = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
@@ -75,6 +75,7 @@ def test_an_ask_of_the_coordinator_reaches_the_trainer_without_its_signature(doo
 def test_the_answer_is_signed_by_the_client_and_sealed_for_the_coordinator(door: Signed) -> None:
     answer = door.answer(hello())
     assert is_sealed(answer)
+    assert UNANSWERED not in answer.header
     stamp = Stamp("run.1", NOW + 1, "north", True)
     inner, given = verified(opened(answer, stamp, SEALING), KEYS.signing.public_key(), ANSWER)
     assert (inner.header, given) == ({"client": "north", "ask": "hello"}, stamp)
@@ -93,7 +94,9 @@ def test_a_refusal_of_the_policy_says_whose_it_is(tmp_path: Path) -> None:
 
     door = Signed(Refusing(), KEYS, tmp_path, clock=lambda: NOW)
     stamp = Stamp("run.1", NOW + 1, "north", True)
-    inner, _ = verified(opened(door.answer(hello()), stamp, SEALING), KEYS.signing.public_key(), ANSWER)
+    answer = door.answer(hello())
+    assert answer.header[UNANSWERED] is True  # for the relay's log; the reason is sealed
+    inner, _ = verified(opened(answer, stamp, SEALING), KEYS.signing.public_key(), ANSWER)
     assert (inner.header["client"], inner.header["failed"]) == ("north", "policy.hours: not now")
 
 
