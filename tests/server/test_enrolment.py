@@ -87,6 +87,16 @@ def test_a_node_that_the_registry_does_not_know_is_shut_out(registry: Registry, 
     assert nodes.known[records["south2"].node_pem()].status == "unregistered"
 
 
+def test_where_others_have_nodes_too_only_the_revoked_is_shut_out(registry: Registry, records: dict[str, ClientRecord]) -> None:
+    nodes = Nodes()
+    nodes.register(records["south2"].node_pem(), "theirs")
+    enrolment = Enrolment(nodes, registry, alone=False)
+    enrolment.step()
+    registry.revoke("south")
+    assert enrolment.step() == {"north": "missing", "south": "revoked"}
+    assert nodes.asked == ["register theirs", "register north", "register south", "unregister 3"]
+
+
 def test_a_key_that_flower_will_not_take_again_is_said_and_stops_nobody_else(
     registry: Registry, records: dict[str, ClientRecord]
 ) -> None:
