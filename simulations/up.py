@@ -5,6 +5,7 @@ Everything is started as on machines of their own, and ended and removed at the 
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -66,7 +67,7 @@ def deploy(job: str, clients: int, place: Path, run: Path, overrides: Sequence[s
     chosen = _job(job, overrides)
     names = _names(chosen, clients)
     bundles = {name: make_bundle(keys, name) for name in names}
-    named = [*overrides, f"clients.names={list(names)}"]
+    named = [*overrides, f"clients.names={list(names)}", *_threads(chosen, clients)]
     settings = checked(job, place / "server", HOST, port, keys.folder, run, named, patience=PATIENCE)
     with Processes(place / "clients", patience=FAREWELL) as processes:
         for number, name in enumerate(names):
@@ -100,6 +101,11 @@ def _names(job: Job, clients: int) -> list[str]:
     from client.data.sources import clients_in
 
     return list(clients_in(job.data, job.clients))[:clients]
+
+
+def _threads(job: Job, clients: int) -> list[str]:
+    """All clients train at the same time: with more threads than cores each would wait for the others."""
+    return [] if job.machine.threads else [f"machine.threads={max((os.cpu_count() or 1) // clients, 1)}"]
 
 
 def _last_words(processes: Processes, names: Sequence[str]) -> str:
