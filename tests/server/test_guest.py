@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -19,6 +20,7 @@ from flwr.superlink.grid import HttpGrid
 from rich.console import Console
 from safetensors.torch import load_file
 
+from fedtune.daemon import State
 from fedtune.errors import KeysError, RoundFailed, UserError
 from fedtune.job import checked_job
 from fedtune.processes import Processes, free_port, started_in
@@ -26,15 +28,17 @@ from fedtune.security.certificates import make_authority, make_server_certificat
 from fedtune.security.coordinator_keys import CoordinatorKeys
 from fedtune.security.handover import make_bundle
 from fedtune.security.keyfiles import save_pem, write_private, write_public
-from server.flower_control import Control
-from server.following import submit_bare
+from server.flower_control import Control, NoSuperLink
+from server.following import Progress, submit_bare
 from server.foreign import earlier_run, write_config
 from server.guest import Guest
 from server.own_grid import OwnGrid
 from server.runtime import Runtime, Taken
+from server.said import Said
 from server.serverapp import Given, opened, take
-from server.settings import checked_guest
+from server.settings import Settings, checked_guest
 from server.supervisor import serve
+from server.watchers import Quiet
 
 HOST = "127.0.0.1"
 # Flower's own SuperLink, with a tap that writes down every byte of every request and response, as its operator could.
@@ -299,6 +303,17 @@ def test_options_of_a_superlink_of_our_own_are_not_taken_with_another(run_comman
         assert (code, words in said) == (2, True)
 
 
+def test_the_command_goes_there(
+    run_command: Callable[..., tuple[int, str, str]], keys: CoordinatorKeys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[tuple[Settings, type]] = []
+    monkeypatch.setattr("server.supervisor.serve", lambda given, console, life: served.append((given, life)))
+    monkeypatch.setattr("server.commands.say_where", lambda run: None)
+    words = ("--dir", tmp_path / "srv", "--superlink", keys.address, "--keys", keys.folder)
+    assert run_command("server", "demo", *words)[0] == 0
+    assert [(given.here, life) for given, life in served] == [(keys.address, Guest)]
+
+
 def test_the_run_of_an_earlier_server_is_known(tmp_path: Path) -> None:
     assert earlier_run(tmp_path) is None
     write_config(tmp_path, 2**63, checked_job({}, "this test"), tmp_path / "run", tmp_path / "keys")
@@ -327,3 +342,84 @@ def test_runs_of_others_wait_at_a_real_superlink_and_are_not_executed(tmp_path: 
                 assert [control.status(run)[0] for run in (ours, later)] == ["starting", "pending"]
             with Runtime(elsewhere.at, ca, b"guessed") as runtime, pytest.raises(UserError, match="--superlink-secret"):
                 take(later, control, runtime, patience=1)
+
+
+class There:
+    """Processes and Control of a guest in one: `code` of its ServerApp (None: it runs), what the SuperLink says of the run."""
+
+    def __init__(self, log: Path, code: int | None = None, status: tuple[str, str] | None = ("running", "")) -> None:
+        self._log, self._code, self._status, self.left, self.stopped = log, code, status, list[int](), list[int]()
+
+    def answers(self) -> bool:
+        return self._status is not None
+
+    def status(self, run: int) -> tuple[str, str]:
+        if self._status is None:
+            raise NoSuperLink("gone")
+        return self._status
+
+    def nodes(self) -> list[object]:
+        self.status(0)
+        return []
+
+    def unfinished(self) -> list[int]:
+        return self.left
+
+    def stop(self, run: int) -> None:
+        self.stopped.append(run)
+
+    def ended(self, name: str) -> int | None:
+        return self._code
+
+    def pids(self) -> dict[str, int]:
+        return {"serverapp": 7} if self._code is None else {}
+
+    def log(self, name: str) -> Path:
+        return self._log
+
+
+@pytest.fixture
+def guest(tmp_path: Path, keys: CoordinatorKeys, job_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Guest]:
+    """guest(code, status): its SuperLink is at a port where nothing listens, and time passes only in sleep."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    (tmp_path / "serverapp.log").write_text("first\nround 1: nobody answered\n")
+
+    def make(code: int | None = None, status: tuple[str, str] | None = ("running", "")) -> Guest:
+        settings = checked_guest(str(job_file), tmp_path, f"{HOST}:{free_port()}", keys=keys.folder)
+        there = There(tmp_path / "serverapp.log", code, status)
+        return Guest(settings, there, there, Said(tmp_path, State("server", phase="stopped")), Console(file=io.StringIO()))
+
+    return make
+
+
+def follow(guest: Guest) -> None:
+    guest._follow(9, Progress(Path("no metrics"), Quiet()))
+
+
+def test_how_the_run_ended_is_what_our_own_process_says(guest: Callable[..., Guest]) -> None:
+    follow(guest(0, ("running", "")))
+    follow(guest(0, None))  # the SuperLink could not be told any more
+    with pytest.raises(RoundFailed, match=r"exit code 1; its last words in .*serverapp.log: round 1: nobody answered"):
+        follow(guest(1, ("finished:completed", "")))
+    with pytest.raises(RoundFailed, match=r"says that the run is finished:completed .no reason given. while it goes on here"):
+        follow(guest(None, ("finished:completed", "")))
+    with pytest.raises(RoundFailed, match=r"finished:failed .a.b. while .* must be started with `--isolation process`"):
+        follow(guest(None, ("finished:failed", "a\x1bb")))
+
+
+def test_runs_of_others_are_left_alone(guest: Callable[..., Guest], tmp_path: Path) -> None:
+    there = guest()
+    there._control.left = [5, 6]
+    there._start()
+    assert there._control.stopped == []
+    write_config(tmp_path, 6, checked_job({}, "this test"), tmp_path / "run", tmp_path / "keys")
+    there._start()
+    assert there._control.stopped == [6]
+
+
+def test_a_superlink_that_is_not_there_is_waited_for_a_minute(guest: Callable[..., Guest]) -> None:
+    with pytest.raises(RoundFailed, match=r"--superlink 127.0.0.1:\d+: nothing listens at"):
+        guest(None, None)._start()
+    assert 60 <= time.monotonic() <= 62
