@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from client.transport import failure
 from fedtune.envelope import Envelope
-from fedtune.errors import FedtuneError, UserError
+from fedtune.errors import ClientFailed, FedtuneError, UserError
 
 log = logging.getLogger("fedtune.trainer")
 
@@ -33,6 +33,7 @@ class Resident:
     def answer(self, ask: Envelope) -> Envelope:
         try:
             if ask.header.get("kind") == "hello":
+                self._forget()
                 self._prepare(ask.header.get("job"))
                 self._keep(ask.header.get("run"))
             elif self._trainer is None:
@@ -51,6 +52,11 @@ class Resident:
             self._job = self._trainer = None  # first let the old model go, there may be no room for two
             self._trainer, self._job = self._build(job), job
 
+    def _forget(self) -> None:
+        """The run before is over, whatever becomes of this one."""
+        if self._file:
+            self._file.unlink(missing_ok=True)
+
     def _keep(self, run: Any) -> None:
         if self._file:
             temporary = self._file.with_suffix(".tmp")
@@ -59,7 +65,11 @@ class Resident:
 
     def _take_up(self, run: Any) -> None:
         if self._file and self._file.is_file():
-            kept = json.loads(self._file.read_text(encoding="utf-8"))
-            if kept["run"] == run:
+            try:
+                kept = json.loads(self._file.read_text(encoding="utf-8"))
+                job, of = kept["job"], kept["run"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ClientFailed(f"{self._file.name} cannot be read ({type(error).__name__}): start the run again") from error
+            if of == run:
                 log.info("taking up run %s again", run)
-                self._prepare(kept["job"])
+                self._prepare(job)

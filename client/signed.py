@@ -24,6 +24,7 @@ from fedtune.security.signing import ANSWER, ASK, SIGNATURE, Stamp, signed, veri
 
 log = logging.getLogger("fedtune.trainer")
 DAY = 24 * 3600 * 10**9  # nanoseconds
+OLDEST = 7 * DAY  # an ask may wait for a client that was away, and no longer
 DATE = "%Y-%m-%d %H:%M:%S UTC"
 
 
@@ -47,8 +48,17 @@ class Keys(Protocol):
 class Signed:
     """Around the trainer. What it has heard last is kept in `folder`, so that it holds over restarts."""
 
-    def __init__(self, inner: Answers, keys: Keys, folder: Path | None, clock: Callable[[], int] = time.time_ns) -> None:
-        self._inner, self._keys, self._clock = inner, keys, clock
+    def __init__(
+        self,
+        inner: Answers,
+        keys: Keys,
+        folder: Path | None,
+        clock: Callable[[], int] = time.time_ns,
+        *,
+        must_seal: bool = False,
+    ) -> None:
+        """`must_seal`: asks that do not want their answer sealed are refused."""
+        self._inner, self._keys, self._clock, self._must_seal = inner, keys, clock, must_seal
         self._heard = Heard(folder / "heard.json" if folder else None)
 
     def answer(self, ask: Envelope) -> Envelope:
@@ -58,16 +68,22 @@ class Signed:
             log.warning("refused an ask: %s", reason)
             return failure(f"refused an ask: {reason}", ask.header)
         stamp = Stamp(stamp.run, stamp.serial, self._keys.name, stamp.seal)
-        given = self._inner.answer(opened)
+        given = self._answered(opened)
         named = Envelope({"client": self._keys.name, **given.header}, given.tensors)  # a refusal may not know whose it is
         answer = signed(named, stamp, self._keys.signing, ANSWER)
         return sealed(answer, stamp, self._keys.seal) if stamp.seal else answer
 
+    def _answered(self, ask: Envelope) -> Envelope:
+        """What nobody expected is a failure too, sealed as any answer is; its words, which may hold anything, stay here."""
+        try:
+            return self._inner.answer(ask)
+        except Exception as error:
+            log.exception("could not answer")
+            return failure(f"{type(error).__name__} in the trainer; its log says more", ask.header)
+
     def _accepted(self, ask: Envelope) -> tuple[Envelope, Stamp]:
         if SIGNATURE not in ask.header:
-            raise Refused(
-                "it is not signed: the run was not started by `fedtune server` with the keys of this coordinator"
-            )
+            raise Refused("it is not signed: the run was not started by `fedtune server` with the keys of this coordinator")
         opened, stamp = verified(ask, self._keys.verify, ASK)
         if stamp.serial <= self._heard.serial:
             raise Refused(
@@ -78,12 +94,18 @@ class Signed:
             raise Refused(
                 f"it is of {_date(stamp.serial)}, more than a day from now: set the clocks, here or on the coordinator"
             )
+        if stamp.serial < self._clock() - OLDEST:
+            raise Refused(
+                f"it is of {_date(stamp.serial)}, more than {OLDEST // DAY} days ago: set the clocks, or it is an old ask"
+            )
+        if self._must_seal and not stamp.seal:
+            raise Refused("policy.end_to_end: given an ask whose answer is not to be sealed; set security.end_to_end = true")
         if stamp.client not in ("", self._keys.name):
             raise Refused(f"it is for client '{stamp.client}', this is '{self._keys.name}'")
         if opened.header.get("kind") != "hello" and stamp.run != self._heard.run:
             raise Refused(f"it is for run {stamp.run}, this trainer takes part in {self._heard.run or 'none'}")
         self._heard.now(stamp)
-        return opened, stamp
+        return Envelope({**opened.header, "run": stamp.run}, opened.tensors), stamp
 
 
 class Heard:

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 
 from client import trainer_pb2, trainer_pb2_grpc
-from fedtune.envelope import WIRE_VERSION, Envelope, WireTensor
+from fedtune.envelope import WIRE_VERSION, Envelope, WireTensor, shallow
 from fedtune.errors import ClientFailed, MalformedMessage, UserError
 
 # The most that one protobuf message can be; Flower has the same limit.
@@ -41,12 +41,10 @@ def from_proto(message: trainer_pb2.Envelope) -> Envelope:
     """Raises MalformedMessage when the header is no JSON object."""
     try:
         header = json.loads(message.header_json)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MalformedMessage(f"a message came whose header is not JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise MalformedMessage(f"a header must be a JSON object, given {type(header).__name__}")
     tensors = (WireTensor(t.name, t.dtype, tuple(t.shape), t.stype, t.data) for t in message.tensors)
-    return Envelope(header, tuple(tensors))
+    return Envelope(shallow(header), tuple(tensors))
 
 
 def failure(reason: str, asked: Mapping[str, Any]) -> Envelope:

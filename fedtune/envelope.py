@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from fedtune.errors import MalformedMessage
 
 WIRE_VERSION = 1
+DEEPEST = 32  # objects and lists within each other, in a header; a job has fewer than ten
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,32 @@ class Envelope:
         """What `pieces` wrote. Raises MalformedMessage."""
         try:
             stored = json.loads(file.readline())
+            header = shallow(stored["header"])
             tensors = tuple(
                 WireTensor(t["name"], t["dtype"], tuple(t["shape"]), t["stype"], _exactly(file, t["size"]))
                 for t in stored["tensors"]
             )
-            return cls(dict(stored["header"]), tensors)
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            return cls(header, tensors)
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise MalformedMessage(f"bytes that are no envelope: {error}") from error
+
+
+def shallow(header: Any) -> dict[str, Any]:
+    """A header that came: an object, in which nothing lies so deep that to write it down again would fail. Raises
+    MalformedMessage."""
+    if not isinstance(header, dict):
+        raise MalformedMessage(f"a header must be a JSON object, given {type(header).__name__}")
+    layer: list[Any] = [header]
+    for _ in range(DEEPEST):
+        layer = [inner for one in layer for inner in _inside(one)]
+        if not layer:
+            return header
+    raise MalformedMessage(f"a header must not be deeper than {DEEPEST}")
+
+
+def _inside(value: Any) -> list[Any]:
+    found = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [inner for inner in found if isinstance(inner, dict | list)]
 
 
 def _exactly(file: BinaryIO, size: int) -> bytes:

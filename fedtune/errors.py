@@ -75,6 +75,10 @@ class RoundFailed(FedtuneError):
     """Fewer clients answered than the quorum."""
 
 
+# What values of the wrong type or size do to code that takes them for what they should be.
+MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint for a misspelt word: `, did you mean 'x'?` or nothing."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -9,7 +9,7 @@ import json
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedtune.envelope import Envelope, WireTensor
+from fedtune.envelope import Envelope, WireTensor, shallow
 from fedtune.errors import MalformedMessage
 
 HEADER, TENSORS = "fedtune.header", "fedtune.tensors"
@@ -28,7 +28,5 @@ def from_record(record: RecordDict) -> Envelope:
         arrays = record.array_records[TENSORS]
     except (KeyError, ValueError, RecursionError) as error:
         raise MalformedMessage(f"a Flower message without a fedtune header came: {error}") from error
-    if not isinstance(header, dict):
-        raise MalformedMessage(f"a header must be a JSON object, given {type(header).__name__}")
     tensors = (WireTensor(name, a.dtype, tuple(a.shape), a.stype, a.data) for name, a in arrays.items())
-    return Envelope(header, tuple(tensors))
+    return Envelope(shallow(header), tuple(tensors))

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from flwr.superlink.grid import http_grid
 
 from fedtune.errors import JobError, RoundFailed
 from fedtune.job import Job, checked_job
 from fedtune.security.coordinator_keys import CoordinatorKeys
 from fedtune.security.keyfiles import verify_key
 from server.coordinator import run_job
+from server.fetching import fetch_well
 from server.post import OPEN, Post, SignedPost
 from server.watchers import Quiet
 
@@ -28,17 +28,11 @@ def main(grid: Grid, context: Context) -> None:
 
     What this raises ends the Flower run as failed, with the message as its details.
     """
-    fetch_sooner()
+    fetch_well()
     job = job_of(str(context.run_config["job"]))
-    post = post_of(job, str(context.run_config.get("keys", "")), context.run_id)
+    post = post_of(job, str(context.run_config.get("keys", "")), context.run_id, grid)
     wait_for_clients(grid, job.clients.count or 1, job.rounds.timeout)
     run_job(job, grid, Path(str(context.run_config["folder"])), Quiet(), post=post)
-
-
-def fetch_sooner() -> None:
-    """Parts of an answer that are still on their way are asked for again within 50 ms; Flower would wait 1, 2, 4 s."""
-    if pull := getattr(http_grid, "pull_objects", None):
-        http_grid.pull_objects = partial(pull, initial_backoff=0.05, backoff_cap=0.5)  # type: ignore[attr-defined]
 
 
 def job_of(text: str) -> Job:
@@ -48,7 +42,7 @@ def job_of(text: str) -> Job:
         raise JobError(f"the run's config 'job' is not JSON, given {text[:40]!r}: start the run with fedtune") from error
 
 
-def post_of(job: Job, keys: str, run: int) -> Post:
+def post_of(job: Job, keys: str, run: int, grid: Grid) -> Post:
     """Signed by the keys in that folder; open where none is named, as `--insecure` asks for."""
     if not keys:
         return OPEN
@@ -61,7 +55,22 @@ def post_of(job: Job, keys: str, run: int) -> Post:
         f"{job.name}.{run}",
         end_to_end=job.security.end_to_end,
         revoked={record.name: record.revoked for record in records if record.revoked},
+        owner=Owners(grid, {record.node_pem(): record.name for record in records}),
     )
+
+
+class Owners:
+    """Whose node it is, by the key that it has shown to the SuperLink."""
+
+    def __init__(self, grid: Grid, names: Mapping[bytes, str]) -> None:
+        self._grid, self._names = grid, names
+        self._known: dict[int, str | None] = {}
+
+    def __call__(self, node: int) -> str | None:
+        if node not in self._known:
+            nodes = getattr(self._grid, "get_nodes", list)()  # of Flower's own Grid; others have none
+            self._known |= {found.node_id: self._names.get(found.public_key) for found in nodes}
+        return self._known.get(node)
 
 
 def wait_for_clients(grid: Grid, wanted: int, timeout: float) -> None:

@@ -12,9 +12,11 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedtune.envelope import Envelope
-from fedtune.errors import ClientFailed, MalformedMessage, Refused
+from fedtune.errors import MALFORMED, ClientFailed, FedtuneError
 from fedtune.messages import from_record, to_record
 from server.post import OPEN, Post
+from server.report_units import one_line
+from server.tally import LONGEST_REASON
 
 MESSAGE_TYPE = "query"
 SHORTEST_WAIT, LONGEST_WAIT = 0.05, 0.5  # seconds between polls; it doubles while nothing comes
@@ -107,13 +109,15 @@ class _Asks:
         if message.error.code in LOST and self._times[node] < MOST_TIMES:
             self.away.append(node)
             return None
-        return Reply(node, None, str(message.error.reason))
+        return Reply(node, None, one_line(str(message.error.reason), LONGEST_REASON))
 
     def _opened(self, node: int, message: Message) -> Reply:
         try:
             carried = from_record(message.content)
             return Reply(node, self._post.back(node, carried), carried=carried)
-        except Refused as reason:
-            return Reply(node, None, f"refused: {reason}")
-        except (MalformedMessage, ClientFailed) as error:
-            return Reply(node, None, str(error))
+        except ClientFailed as reason:
+            return Reply(node, None, one_line(str(reason), LONGEST_REASON))
+        except FedtuneError as reason:
+            return Reply(node, None, one_line(f"refused: {reason}", LONGEST_REASON))
+        except MALFORMED as error:
+            return Reply(node, None, f"refused: it is malformed ({type(error).__name__})")

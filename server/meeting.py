@@ -14,6 +14,8 @@ from fedtune.strategy import Ask, ClientInfo
 from fedtune.wire import pack_ask
 from server.exchange import Reply, exchange
 from server.post import OPEN, Post
+from server.report_units import one_line
+from server.tally import LONGEST_REASON
 
 LIMITS = ("layers", "memory", "seconds")  # what a client may say that it can afford
 
@@ -36,7 +38,7 @@ def meet(grid: Grid, job: Job, plan: Blueprint, post: Post = OPEN) -> tuple[dict
             if info.id in clients:
                 raise ClientFailed(f"node {reply.node}: a client named '{info.id}' is already here, names must differ")
         except ClientFailed as reason:
-            left_out.append(str(reason))
+            left_out.append(one_line(str(reason), LONGEST_REASON))
         else:
             clients[info.id], nodes[info.id] = info, reply.node
     clients = {id: _with_the_job(info, job, plan) for id, info in clients.items()}

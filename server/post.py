@@ -53,17 +53,19 @@ class SignedPost:
         *,
         end_to_end: bool,
         revoked: Mapping[str, str] | None = None,
+        owner: Callable[[int], str | None] = lambda node: None,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
+        """`owner`: the client whose node key a node has shown to the SuperLink; None where that is not known."""
         self._signing, self._sealing, self._clients, self._revoked = signing, sealing, clients, revoked or {}
-        self._run, self._end_to_end, self._clock = run, end_to_end, clock
+        self._run, self._end_to_end, self._owner, self._clock = run, end_to_end, owner, clock
         self._last = 0
         self._asked: dict[int, Stamp] = {}  # node -> its open ask
         self._names: dict[int, str] = {}  # node -> the client that introduced itself from there
 
     def out(self, node: int, ask: Envelope) -> Envelope:
         self._last = max(self._last + 1, self._clock())
-        stamp = Stamp(self._run, self._last, self._names.get(node, ""), self._end_to_end)
+        stamp = Stamp(self._run, self._last, self._name(node) or "", self._end_to_end)
         self._asked[node] = stamp
         return signed(ask, stamp, self._signing, ASK)
 
@@ -88,7 +90,7 @@ class SignedPost:
         """Whose it says it is; the signature must prove it."""
         stamp = answer.header.get(STAMP)
         stamp = stamp if isinstance(stamp, Mapping) else answer.header if is_sealed(answer) else _nothing()
-        client, known = str(stamp.get("client")), self._names.get(node)
+        client, known = str(stamp.get("client")), self._name(node)
         if client in self._revoked:
             raise Refused(
                 f"'{client}' was revoked on {self._revoked[client]}; give it new keys: fedtune keys rotate client {client}"
@@ -98,6 +100,9 @@ class SignedPost:
         if known is not None and client != known:
             raise Refused(f"it comes from the node of '{known}' and says that it is of '{client}'")
         return client
+
+    def _name(self, node: int) -> str | None:
+        return self._names.get(node) or self._owner(node)
 
 
 def _nothing() -> Mapping[str, Any]:

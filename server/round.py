@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from fedtune.aggregation import split
 from fedtune.base import Blueprint
 from fedtune.envelope import Envelope
-from fedtune.errors import ClientFailed, Refused, RoundFailed
+from fedtune.errors import MALFORMED, ClientFailed, Refused, RoundFailed
 from fedtune.job import Job
 from fedtune.strategy import Answer, Answers, Ask, ClientInfo, Fold, ServerState, Strategy
 from fedtune.wire.ends import ServerEnd
@@ -124,6 +124,8 @@ class Round:
                 self.tally.failed(client, f"refused: {reason}")
             except ClientFailed as reason:
                 self.tally.failed(client, str(reason))
+            except MALFORMED as error:
+                self.tally.failed(client, f"refused: it is malformed ({type(error).__name__})")
 
     def _decoding(self, ask: Ask) -> Callable[[str, Envelope], Answer]:
         """How the wire reads a client's answer: no more numbers than it can have been asked for."""

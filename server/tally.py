@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 
@@ -11,6 +10,10 @@ from fedtune.payload import Payload
 from fedtune.strategy import Answer
 from fedtune.wire.ledger import Cost, cost_of, plain_bytes
 from server.records import ClientRecord
+from server.report_units import one_line
+
+LONGEST = 1e7  # seconds of work in one round that are believed: four months
+LONGEST_REASON = 600  # characters
 
 
 class Tally:
@@ -35,7 +38,7 @@ class Tally:
         self.clients[client] = replace(record, plain_up=record.plain_up + larger)
 
     def failed(self, client: str, reason: str) -> None:
-        self.clients[client] = replace(self.clients[client], failed=reason)
+        self.clients[client] = replace(self.clients[client], failed=one_line(reason, LONGEST_REASON))
 
     def able(self, clients: Iterable[str]) -> list[str]:
         """Those of them that have not failed in this round."""
@@ -78,6 +81,6 @@ def _up(cost: Cost) -> dict[str, int]:
 
 def _seconds(told: object) -> float:
     """What the client says that its work took; nothing, where that is no time."""
-    if isinstance(told, int | float) and math.isfinite(told) and told >= 0:
+    if isinstance(told, int | float) and 0 <= told <= LONGEST:
         return float(told)
     return 0.0

@@ -68,5 +68,5 @@ def _stamp(given: Mapping[str, Any]) -> Stamp:
     """Signed by the right key, and so made by a fedtune: unless of another version."""
     try:
         return Stamp(str(given["run"]), int(given["serial"]), str(given["client"]), bool(given["seal"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise Refused(f"its stamp cannot be read: {error}; install the same fedtune on both sides") from error

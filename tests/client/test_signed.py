@@ -69,7 +69,9 @@ def reason(answer: Envelope) -> str:
 def test_an_ask_of_the_coordinator_reaches_the_trainer_without_its_signature(door: Signed, trainer: Trainer) -> None:
     door.answer(hello())
     door.answer(ask("1.0", 2))
-    assert [given.header for given in trainer.asked] == [{"kind": "hello", "ask": "hello"}, {"kind": "train", "ask": "1.0"}]
+    first, second = (given.header for given in trainer.asked)
+    assert first == {"kind": "hello", "ask": "hello", "run": "run.1"}  # the run is the stamp's, which no other run has
+    assert second == {"kind": "train", "ask": "1.0", "run": "run.1"}
 
 
 def test_the_answer_is_signed_by_the_client_and_sealed_for_the_coordinator(door: Signed) -> None:
@@ -176,3 +178,27 @@ def test_a_file_that_cannot_be_read_stops_the_trainer_before_it_listens(tmp_path
 def test_a_refusal_repeats_nothing_that_is_long_or_secret(door: Signed) -> None:
     refused = door.answer(replace(hello(), header={**hello().header, "job": {"much": "text"}, "kind": "train"}))
     assert refused.header.keys() == {"failed", "ask", "kind", "version", "roles", "scalars"}
+
+
+def test_an_ask_of_long_ago_is_refused_even_by_who_has_heard_nothing(tmp_path: Path, trainer: Trainer) -> None:
+    new = Signed(trainer, KEYS, tmp_path, clock=lambda: NOW + 8 * DAY)
+    assert "more than 7 days ago" in reason(new.answer(hello()))
+    assert trainer.asked == []
+
+
+def test_who_wants_all_answers_sealed_refuses_the_others(tmp_path: Path, trainer: Trainer) -> None:
+    door = Signed(trainer, KEYS, tmp_path, clock=lambda: NOW, must_seal=True)
+    assert "policy.end_to_end" in reason(door.answer(ask("hello", 1, kind="hello", client="", seal=False)))
+    assert "failed" not in door.answer(hello(2)).header
+
+
+def test_what_nobody_expected_is_sealed_too_and_its_words_stay(tmp_path: Path) -> None:
+    class Broken:
+        def answer(self, ask: Envelope) -> Envelope:
+            raise RuntimeError("/path/to/notes.jsonl: private words")
+
+    door = Signed(Broken(), KEYS, tmp_path, clock=lambda: NOW)
+    answer = door.answer(hello())
+    assert is_sealed(answer)
+    inner, _ = verified(opened(answer, Stamp("run.1", NOW + 1, "north", True), SEALING), KEYS.signing.public_key(), ANSWER)
+    assert inner.header["failed"] == "RuntimeError in the trainer; its log says more"

@@ -12,6 +12,7 @@ from fedtune.envelope import Envelope
 from fedtune.messages import from_record, to_record
 from server import exchange as exchange_module
 from server.exchange import AWAY, LONGEST_WAIT, MOST_TIMES, SHORTEST_WAIT, Reply, exchange
+from server.tally import LONGEST_REASON
 
 ASK = Envelope({"ask": "1.0"})
 
@@ -188,3 +189,27 @@ def test_a_message_that_is_not_ours_is_a_reason_too(clock: Clock) -> None:
 def test_nobody_asked_is_nothing_to_wait_for(clock: Clock) -> None:
     assert ask(played(clock, {}), nodes=[]) == []
     assert clock.naps == []
+
+
+class Stumbling:
+    """A post that meets what its author did not think of."""
+
+    def out(self, node: int, ask: Envelope) -> Envelope:
+        return ask
+
+    def back(self, node: int, answer: Envelope) -> Envelope:
+        raise OverflowError("cannot fit 'int'") if node == 1 else RecursionError
+
+
+def test_no_answer_ends_the_exchange(clock: Clock) -> None:
+    replies = list(exchange(played(clock, {1: 0.0, 2: 0.0}), dict.fromkeys([1, 2], ASK), 5.0, Stumbling()))
+    assert [reply.failed for reply in replies] == [
+        f"refused: it is malformed ({name})" for name in ("OverflowError", "RecursionError")
+    ]
+
+
+def test_a_reason_of_strangers_is_one_short_line(clock: Clock) -> None:
+    error = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason="\x1b[2J\nall is well" + "x" * 10**6)
+    [reply] = ask(played(clock, {1: 0.0}, {1: error}), nodes=[1])
+    assert reply.failed.startswith("?[2J all is well")
+    assert len(reply.failed) == LONGEST_REASON

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import base64
+import json
+from collections.abc import Callable, Iterator
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -11,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from fedtune.envelope import Envelope, WireTensor
 from fedtune.errors import ClientFailed, Refused
 from fedtune.security.sealing import sealed
-from fedtune.security.signing import ANSWER, ASK, SIGNATURE, STAMP, Stamp, signed, verified
+from fedtune.security.signing import ANSWER, ASK, SIGNATURE, STAMP, Stamp, digest, signed, verified
 from server.post import LONGEST_REASON, SignedPost
 
 SIGNING, SEALING = Ed25519PrivateKey.generate(), X25519PrivateKey.generate()
@@ -77,6 +79,17 @@ def test_an_answer_from_another_node_s_id_is_refused(post: SignedPost) -> None:
     stamp = asked(post, SOUTH)
     with pytest.raises(Refused, match="comes from the node of 'south' and says that it is of 'north'"):
         post.back(SOUTH, answer(stamp, "north"))  # even with north's own key
+
+
+def test_a_node_answers_for_the_client_whose_node_key_it_has() -> None:
+    """From the first word on: who has south's node and north's signing key is neither."""
+    keys = {name: key.public_key() for name, key in CLIENTS.items()}
+    owners = {NORTH: "north", SOUTH: "south"}
+    post = SignedPost(SIGNING, SEALING, keys, "run.1", end_to_end=True, owner=owners.get, clock=lambda: 100)
+    hello = asked(post, SOUTH, "hello")
+    assert hello.client == "south"
+    with pytest.raises(Refused, match="comes from the node of 'south' and says that it is of 'north'"):
+        post.back(SOUTH, answer(hello, "north"))
 
 
 def test_nobody_answers_in_the_name_of_another(post: SignedPost) -> None:
@@ -153,3 +166,61 @@ def test_headers_from_anywhere_are_refused(post: SignedPost, header: dict[str, o
         post.back(NORTH, Envelope(header))
     with pytest.raises(Refused):
         post.back(NORTH, Envelope(header, (WireTensor("s", "uint8", (1,), "fedtune.sealed", b"u"),)))
+
+
+def sealed_row(row: bytes) -> Callable[[Stamp], Envelope]:
+    """Who has any bundle has the coordinator's public key, and can seal what he likes."""
+
+    def make(stamp: Stamp) -> Envelope:
+        place = Stamp(stamp.run, stamp.serial, "north", True)
+        return sealed(Row(row), place, SEALING.public_key())
+
+    return make
+
+
+class Row(Envelope):
+    """Bytes in place of an envelope's."""
+
+    def __init__(self, row: bytes) -> None:
+        super().__init__({})
+        object.__setattr__(self, "row", row)
+
+    def pieces(self) -> Iterator[bytes]:
+        yield self.row
+
+
+def tensor_of(size: object) -> bytes:
+    tensor = {"name": "a", "dtype": "f", "shape": [1], "stype": "x", "size": size}
+    return json.dumps({"header": {}, "tensors": [tensor]}).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        *(tensor_of(size) for size in (10**30, -1, 1.5, "1", None, 2**62)),
+        b'{"header":{"x":' + b"[" * 990 + b"]" * 990 + b'},"tensors":[]}\n',
+        b'{"header":[],"tensors":[]}\n',
+        b'{"header":{},"tensors":[[]]}\n',
+        b'{"header":{},"tensors":7}\n',
+        b"\xff\n",
+        b"",
+    ],
+)
+def test_what_strangers_seal_is_refused_and_ends_nothing(row: bytes) -> None:
+    post = make_post()
+    stamp = asked(post, NORTH)
+    with pytest.raises(Refused):
+        post.back(NORTH, sealed_row(row)(stamp))
+
+
+@pytest.mark.parametrize("serial", [float("inf"), float("nan"), 10**400, [], {}, None])
+def test_a_stamp_that_a_client_signed_is_not_believed_unseen(serial: object) -> None:
+    post = make_post(end_to_end=False)
+    stamp = asked(post, NORTH)
+    header = {
+        "client": "north",
+        STAMP: {**vars(Stamp(stamp.run, 0, "north")), "serial": serial, "digest": digest(Envelope({}))},
+    }
+    signature = CLIENTS["north"].sign(ANSWER + Envelope(header).header_json().encode())
+    with pytest.raises(Refused):
+        post.back(NORTH, Envelope({**header, SIGNATURE: base64.b64encode(signature).decode()}))
