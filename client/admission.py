@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from client.allowance import forbidden
 from client.data.formats import FORMATS
+from client.patterns import admit_adapter
 from fedtune.job import Job
 from fedtune.registry import known as known_strategies
 from fedtune.wire.codec import ENTROPY, STAGE
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from client.policy import Policy
 
 BUILT_IN = "builtin:"
-CODE = re.compile(r"[^\s()]*:[A-Za-z_][\w.]*|.*\.py|.*\.py:.*", re.DOTALL)  # file.py:Class, package.module:Class
+LONGEST_CODEC = 200  # characters; a long row of spaces takes long to read
+LONGEST_TEXT, MOST_AT_A_TIME, MOST_CLASSES = 10**6, 2**16, 2**16  # tokens; examples; more than any machine has room for
 FASTEST = 1e-5  # seconds; no machine takes a step in less
 
 
@@ -37,6 +38,8 @@ def admit_job(policy: Policy, job: Job, own: Own | None) -> None:
     _admit_stages(policy, job)
     _admit_paths(job, own or Own())
     _admit_columns(policy, job)
+    admit_adapter(job.adapter)
+    _admit_sizes(job)
     _admit_work(policy, job, own or Own())
     _admit_privacy(policy, job)
 
@@ -47,9 +50,14 @@ def _admit_strategy(policy: Policy, job: Job) -> None:
     if name not in known:
         raise forbidden("strategies", f"'{name}'", ", ".join(known), "name one of these, or this node's operator to list it")
     for word in _words(job.strategy.settings):
-        if CODE.fullmatch(word) and word not in (listed or ()):
+        if _may_name_code(word) and word not in (listed or ()):
             instead = "name what is installed here, or this node's operator to list it"
-            raise forbidden("strategies", f"a setting that names code, '{word}'", "what its policy lists", instead)
+            raise forbidden("strategies", f"a setting that names code, {word[:80]!r}", "what its policy lists", instead)
+
+
+def _may_name_code(word: str) -> bool:
+    """Whatever is loaded by name has one of these: `file.py:Class`, `package.module:Class`, a path."""
+    return ":" in word or "/" in word or word.strip().endswith(".py")
 
 
 def _words(value: Any) -> Iterator[str]:
@@ -68,11 +76,13 @@ def _words(value: Any) -> Iterator[str]:
 def _admit_stages(policy: Policy, job: Job) -> None:
     allowed = [*(known_stages() if policy.stages is None else policy.stages), ENTROPY]
     for codec in filter(None, (job.wire.up, job.wire.down, job.wire.first)):
+        if len(codec) > LONGEST_CODEC:
+            raise forbidden("stages", f"a codec of {len(codec)} characters", LONGEST_CODEC, "leave out what is not needed")
         for word in codec.split("|"):
             found = STAGE.fullmatch(word)
-            name = found["name"] if found else word.strip()
-            if name not in allowed:
-                raise forbidden("stages", f"'{name}'", ", ".join(allowed), "name these stages only")
+            name, settings = (found["name"], found["given"] or "") if found else (word.strip(), "")
+            if name not in allowed or _may_name_code(settings):
+                raise forbidden("stages", f"'{word.strip()}'", ", ".join(allowed), "name these stages only")
 
 
 def _admit_paths(job: Job, own: Own) -> None:
@@ -97,6 +107,18 @@ def _admit_columns(policy: Policy, job: Job) -> None:
         raise forbidden(
             "columns", f"a job of {job.model.task} that needs {needed}", ", ".join(policy.columns), "train on these"
         )
+
+
+def _admit_sizes(job: Job) -> None:
+    """What is made as large as the job says, whatever data there is."""
+    for section, setting, size, most in (
+        ("data", "max_length", job.data.max_length, LONGEST_TEXT),
+        ("train", "batch", job.train.batch, MOST_AT_A_TIME),
+        ("train", "micro_batch", job.train.micro_batch, MOST_AT_A_TIME),
+        ("model", "labels", job.model.classes, MOST_CLASSES),
+    ):
+        if size is not None and size > most:
+            raise forbidden(setting, f"{section}.{setting} = {size}", f"at most {most}", f"lower {section}.{setting}")
 
 
 def _admit_work(policy: Policy, job: Job, own: Own) -> None:

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from fedtune.errors import Forbidden
+from fedtune.errors import Forbidden, nearest
 
 Batch = TypeVar("Batch")
 NO_FIGURES = "type --set rounds.evaluate_every=0, or to do without this client's figures"
@@ -116,6 +116,11 @@ def shown(value: Any) -> str:
         return f"{value!r:.60}"
     length = f" of {len(value)}" if isinstance(value, str | list | dict) else ""
     return f"a {type(value).__name__}{length} (not shown, as this may travel)"
+
+
+def shown_hint(value: str, known: Iterable[str]) -> str:
+    """What a misspelt value of the data may have meant: on a node nothing, since the job chooses what is `known`."""
+    return nearest(value, known) if _open.get() is None else ""
 
 
 def shown_names(names: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""What a client has worked for today, kept over restarts: its rounds, and the steps and seconds that each has used."""
+"""What a client has worked for today, kept over restarts: its rounds, and the steps and seconds that each ask has used."""
 
 from __future__ import annotations
 
@@ -8,23 +8,28 @@ import os
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from fedtune.errors import UserError
 
 
 @dataclass(frozen=True)
 class Used:
-    """By all asks of one round."""
+    """By one ask, or by several; one that came again under the same name has used what it used at most."""
 
     steps: int = 0
     seconds: float = 0.0
+    times: int = 0  # that it came
+
+
+Page = dict[str, dict[str, Used]]  # round -> ask -> what it has used
 
 
 class Diary:
     """Of one day, by UTC; another day begins an empty page. Without a file it lasts as long as the process."""
 
     def __init__(self, file: Path | None) -> None:
-        self._file, self._day, self._rounds = file, "", dict[str, Used]()
+        self._file, self._day, self._rounds = file, "", Page()
         if file and file.is_file():
             self._read(file)
 
@@ -37,16 +42,28 @@ class Diary:
         self._turn(now)
         return _key(run, round) in self._rounds
 
-    def used(self, run: str, round: int, now: datetime) -> Used:
-        self._turn(now)
-        return self._rounds.get(_key(run, round), Used())
+    def asks(self, run: str, round: int, now: datetime) -> int:
+        """How many different ones the round has had."""
+        return len(self._round(run, round, now))
 
-    def note(self, run: str, round: int, used: Used, now: datetime) -> None:
+    def used(self, run: str, round: int, ask: str, now: datetime) -> Used:
+        return self._round(run, round, now).get(_short(ask), Used())
+
+    def others(self, run: str, round: int, ask: str, now: datetime) -> Used:
+        """What all asks of the round but this one have used."""
+        found = [used for key, used in self._round(run, round, now).items() if key != _short(ask)]
+        return Used(sum(used.steps for used in found), sum(used.seconds for used in found))
+
+    def note(self, run: str, round: int, ask: str, used: Used, now: datetime) -> None:
         """On disk before anything else is done."""
         self._turn(now)
-        self._rounds[_key(run, round)] = used
+        self._rounds.setdefault(_key(run, round), {})[_short(ask)] = used
         if self._file:
             self._write(self._file)
+
+    def _round(self, run: str, round: int, now: datetime) -> dict[str, Used]:
+        self._turn(now)
+        return self._rounds.get(_key(run, round), {})
 
     def _turn(self, now: datetime) -> None:
         day = now.astimezone(UTC).date().isoformat()
@@ -56,7 +73,7 @@ class Diary:
     def _read(self, file: Path) -> None:
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
-            rounds = {str(key): Used(int(one["steps"]), float(one["seconds"])) for key, one in stored["rounds"].items()}
+            rounds = {key: {ask: _used(one) for ask, one in asks.items()} for key, asks in stored["rounds"].items()}
             self._day, self._rounds = str(stored["day"]), rounds
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
@@ -67,14 +84,22 @@ class Diary:
     def _write(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(".tmp")
-        page = {"day": self._day, "rounds": {key: asdict(used) for key, used in self._rounds.items()}}
+        rounds = {key: {ask: asdict(used) for ask, used in asks.items()} for key, asks in self._rounds.items()}
         with temporary.open("w", encoding="utf-8") as opened:
-            json.dump(page, opened)
+            json.dump({"day": self._day, "rounds": rounds}, opened)
             opened.flush()
             os.fsync(opened.fileno())
         os.replace(temporary, file)
 
 
+def _used(stored: Any) -> Used:
+    return Used(int(stored["steps"]), float(stored["seconds"]), int(stored["times"]))
+
+
 def _key(run: str, round: int) -> str:
-    """Short, whatever a coordinator calls its run."""
-    return f"{hashlib.sha256(run.encode(errors='replace')).hexdigest()[:16]}.{round}"
+    return f"{_short(run)}.{round}"
+
+
+def _short(name: str) -> str:
+    """Whatever a coordinator calls its runs and asks."""
+    return hashlib.sha256(name.encode(errors="replace")).hexdigest()[:16]

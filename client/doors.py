@@ -7,6 +7,7 @@ It must be the coordinator's own (client/signed.py), the policy must allow it (c
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from client.policy import Policy
 from client.resident import Answers, Resident
 from client.signed import Signed
 from fedtune.errors import UserError
+from fedtune.job import Job
 from fedtune.security.handover import Bundle
 
 
@@ -28,9 +30,11 @@ def doors_of(given: argparse.Namespace) -> Answers:
     if bundle and given.client != bundle.name:
         raise UserError(f"--client {given.client} was given, and {given.bundle} is the bundle of '{bundle.name}'")
     policy = Policy.load(given.policy) if given.policy else Policy()
+    if policy.end_to_end and not bundle:
+        raise UserError(f"policy.end_to_end = true in {given.policy} needs --bundle: with --insecure no answer is sealed")
     own = Own(given.client, model=bool(given.model), data=bool(given.data))
     obedient = Obedient(Resident(Admitting(builder(given), policy, own), given.dir), policy, given.dir)
-    return Signed(obedient, bundle, given.dir) if bundle else obedient
+    return Signed(obedient, bundle, given.dir, must_seal=policy.end_to_end) if bundle else obedient
 
 
 def builder(given: argparse.Namespace) -> Callable[[dict[str, Any]], Answers]:
@@ -38,9 +42,15 @@ def builder(given: argparse.Namespace) -> Callable[[dict[str, Any]], Answers]:
         from client.trainer import Trainer
         from fedtune.job import checked_job
 
-        resolved = checked_job(job, "the coordinator's job")
+        resolved = _on_this_machine(checked_job(job, "the coordinator's job"))
         limits = {name: getattr(given, name) for name in ("layers", "memory", "seconds") if getattr(given, name)}
         own = {"model": given.model, "data": given.data, "directory": given.dir, "budget": given.budget}
         return Trainer.for_node(given.client, resolved, **own, limits=limits)
 
     return build
+
+
+def _on_this_machine(job: Job) -> Job:
+    """No more threads than cores, however many the job asks for."""
+    threads = min(job.machine.threads, os.cpu_count() or 1)
+    return job.model_copy(update={"machine": job.machine.model_copy(update={"threads": threads})})

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -107,15 +107,20 @@ class Obedient:
         return self._within(Allowance(max_steps=0, evaluation=False, columns=self._policy.reads), ask)
 
     def _worked(self, ask: Envelope) -> Envelope:
-        run, round, when = str(ask.header.get("run")), _round(ask), self._clock()
-        self._policy.admit_ask(str(ask.header.get("kind")), run, round, self._diary, when)
-        used = self._diary.used(run, round, when)
-        self._diary.note(run, round, used, when)  # whoever is killed at work has worked
-        allowance = self._allowance(used)
+        """An ask that comes again, after a lost connection, may use again what it has used; it counts once."""
+        kind, run, name = (str(ask.header.get(key)) for key in ("kind", "run", "ask"))
+        round, when, diary = _round(ask), self._clock(), self._diary
+        self._policy.admit_ask(kind, run, round, name, diary, when)
+        before, others = diary.used(run, round, name, when), diary.others(run, round, name, when)
+        began = replace(before, times=before.times + 1)
+        diary.note(run, round, name, began, when)  # whoever is killed at work has worked
+        allowance = self._allowance(others)
         try:
             return self._within(allowance, ask)
         finally:
-            self._diary.note(run, round, Used(allowance.steps, allowance.spent), self._clock())
+            steps, seconds = allowance.steps - others.steps, allowance.spent - others.seconds
+            used = Used(max(before.steps, steps), max(before.seconds, seconds), began.times)
+            diary.note(run, round, name, used, self._clock())
 
     def _within(self, allowance: Allowance, ask: Envelope) -> Envelope:
         with within(allowance):
@@ -124,7 +129,7 @@ class Obedient:
         return answer
 
     def _allowance(self, used: Used) -> Allowance:
-        """What is left of the round."""
+        """What the other asks have left of the round."""
         policy = self._policy
         steps, seconds = policy.max_steps or math.inf, policy.max_seconds or math.inf
         return Allowance(steps, seconds, policy.evaluation, policy.reads, used.steps, used.seconds, self._ticks)
@@ -143,5 +148,5 @@ def _read(given: Any) -> Job:
 def _round(ask: Envelope) -> int:
     try:
         return int(ask.header["round"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ClientFailed("an ask came without its round: install the same fedtune on both sides") from error

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from client.admission import Own
     from fedtune.job import Job
 
+MOST_ASKS = 16  # in a round: methods take up to four and an evaluation, Fed-SB two more for each of its passes
+MOST_TIMES = 5  # that the same is asked: as often as a coordinator asks after a lost connection
 Time = Annotated[Hours, PlainValidator(Hours.of), PlainSerializer(str)]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
@@ -107,7 +109,7 @@ class Policy(Section):
             hours = ", ".join(map(str, self.hours))
             raise forbidden("hours", f"an ask at {now:%H:%M} (local time)", hours, "ask again then")
 
-    def admit_ask(self, kind: str, run: str, round: int, diary: Diary, now: datetime) -> None:
+    def admit_ask(self, kind: str, run: str, round: int, ask: str, diary: Diary, now: datetime) -> None:
         """Before any work for it. Raises Forbidden."""
         self.admit_time(now)
         if kind == "evaluate" and not self.evaluation:
@@ -115,6 +117,19 @@ class Policy(Section):
         most = self.rounds_per_day
         if most is not None and not diary.knows(run, round, now) and diary.rounds(now) >= most:
             raise forbidden("rounds_per_day", f"round {most + 1} of today (UTC)", most, "go on tomorrow")
+        if (most, self.max_steps, self.max_seconds) != (None, None, None):
+            _admit_again(run, round, ask, diary, now)
+
+
+def _admit_again(run: str, round: int, ask: str, diary: Diary, now: datetime) -> None:
+    """Where work has a limit, a round is no more than a few asks. Raises Forbidden."""
+    times, asks = diary.used(run, round, ask, now).times, diary.asks(run, round, now)
+    if times >= MOST_TIMES:
+        given = f"the same ask {ask[:40]!r} for the {times + 1}th time"
+        raise forbidden("asks", given, f"{MOST_TIMES} times", "go on with the next round")
+    if times == 0 and asks >= MOST_ASKS:
+        given = f"ask {ask[:40]!r}, the {asks + 1}th of round {round}"
+        raise forbidden("asks", given, f"{MOST_ASKS} a round", "take a method with fewer steps in a round")
 
 
 def rules() -> Mapping[str, str]:

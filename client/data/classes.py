@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from client.allowance import shown
-from fedtune.errors import DataError, nearest
+from client.allowance import shown, shown_hint
+from fedtune.errors import DataError
 
 
 def in_order(labels: set[str]) -> list[str]:
@@ -31,7 +31,7 @@ def class_of(label: Any, labels: Sequence[str] | None, where: str) -> int:
     name = name_of(label, where)
     if labels is not None:
         if name not in labels:
-            raise DataError(f"{where}: unknown label {shown(name)}{nearest(name, labels)}; known: {', '.join(labels)}")
+            raise DataError(f"{where}: unknown label {shown(name)}{shown_hint(name, labels)}; known: {', '.join(labels)}")
         return list(labels).index(name)
     if not name.isdecimal():
         raise DataError(f"{where}: label {shown(name)} has no number, as no list of labels was given; use 0, 1, 2, …")

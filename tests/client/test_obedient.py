@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from itertools import count
@@ -10,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from client.admission import Own
+from client.doors import builder
 from client.obedient import Admitting, Obedient
 from client.policy import Policy
 from client.resident import Resident
 from client.trainer import Trainer
+from client.trainer_options import parser
 from fedtune.base import base_hash, blueprint
 from fedtune.envelope import Envelope
 from fedtune.errors import UserError
@@ -79,6 +84,13 @@ def code_that_runs(folder: Path) -> tuple[Path, Path]:
     return trace, file
 
 
+def apart(file: Path, folder: str) -> Path:
+    """A copy in a folder of such a name."""
+    (copy := file.parent / folder / file.name).parent.mkdir()
+    copy.write_text(file.read_text())
+    return copy
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -87,10 +99,20 @@ def code_that_runs(folder: Path) -> tuple[Path, Path]:
         lambda file: {"strategy": {"name": "evil:Evil"}},
         lambda file: {"strategy": {"name": "flower", "wraps": f"{file}:Evil"}},
         lambda file: {"strategy": {"name": "flower", "wraps": "evil:Evil"}},
+        lambda file: {"strategy": {"name": "flower", "wraps": f"{file.with_suffix('')}:Evil"}},
+        lambda file: {"strategy": {"name": "flower", "wraps": f"{apart(file, 'a b')}:Evil"}},
+        lambda file: {"strategy": {"name": "flower", "wraps": f"{apart(file, 'a(b)')}:Evil"}},
+        lambda file: {"strategy": {"name": "flower", "wraps": f"{apart(file, 'a b').with_suffix('')}:Évil"}},
+        lambda file: {"strategy": {"name": "flower", "wraps": "evil:Évil"}},
+        lambda file: {"strategy": {"name": "flower", "wraps": "evil:"}},
+        lambda file: {"strategy": {"name": "flower", "wraps": " evil:0"}},
+        lambda file: {"strategy": {"name": "flower", "wraps": str(file)}},
         lambda file: {"strategy": {"name": "flower", "options": {"deep": [{"er": f"{file}:Evil"}]}}},
+        lambda file: {"strategy": {"name": "flower", "options": {f"{file}:Evil": 1}}},
         lambda file: {"wire": {"up": f"{file}:Evil | entropy"}},
         lambda file: {"wire": {"down": f"int8 | {file}:Evil(3)"}},
         lambda file: {"wire": {"first": "evil:Evil"}},
+        lambda file: {"wire": {"up": f"topk({file}:Evil)"}},
     ],
 )
 def test_a_job_brings_no_code(
@@ -109,12 +131,46 @@ def test_a_job_brings_no_code(
     assert not trace.exists()
 
 
-def test_without_the_door_that_code_would_run(make_job: MakeJob, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        lambda file: f"{file}:Evil",
+        lambda file: {"name": "flower", "wraps": f"{apart(file, 'a b')}:Evil"},
+        lambda file: {"name": "flower", "wraps": "evil:Évil"},
+    ],
+)
+def test_without_the_door_that_code_would_run(
+    strategy: Callable[[Path], Any], make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the test above rests on."""
+    monkeypatch.syspath_prepend(tmp_path)
     trace, file = code_that_runs(tmp_path)
+    monkeypatch.delitem(sys.modules, "evil", raising=False)
     with pytest.raises(UserError):
-        checked_job(make_job().model_dump(mode="json") | {"strategy": f"{file}:Evil"}, "the job")
+        checked_job(make_job().model_dump(mode="json") | {"strategy": strategy(file)}, "the job")
     assert trace.exists()
+    monkeypatch.delitem(sys.modules, "evil", raising=False)
+
+
+def test_variants_of_a_job_are_never_imported(node: MakeNode, make_job: MakeJob, tmp_path: Path) -> None:
+    trace, file = code_that_runs(tmp_path)
+    bob = node()
+    bob.hello(make_job(), variants={"worse": {"strategy": f"{file}:Evil", "wire": {"up": f"{file}:Evil"}}})
+    assert bob.told == ""
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "flower", "wraps": "FedAdam", "options": {"eta": 0.01}},
+        {"name": "decomfl", "modules": ["q_proj", "v_proj"]},
+        {"name": "selective_layers", "blocks": r"model\.layers\.\d+", "always": ["lm_head.weight"]},
+    ],
+)
+def test_words_that_methods_take_are_no_code(settings: dict[str, Any], make_job: MakeJob) -> None:
+    job = Job.model_validate(make_job().model_dump(mode="json") | {"strategy": settings})
+    Policy().admit_job(job, Own("bob", True, True))
 
 
 def test_code_that_the_operator_lists_is_taken(node: MakeNode, make_job: MakeJob, tmp_path: Path) -> None:
@@ -123,6 +179,36 @@ def test_code_that_the_operator_lists_is_taken(node: MakeNode, make_job: MakeJob
     bob = node(Policy(strategies=(f"{file}:Own",)))
     bob.hello(make_job(), strategy=f"{file}:Own")
     assert bob.told == ""
+
+
+@pytest.mark.parametrize("key", ["targets", "rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_never_ends_is_refused(key: str, node: MakeNode, make_job: MakeJob) -> None:
+    """Before it is matched: else this test would."""
+    endless = "(.|.)*!"
+    bob = node()
+    given = make_job().model_dump(mode="json")
+    bob.hello(make_job(), adapter=given["adapter"] | {key: endless if key == "targets" else {endless: 2}})
+    assert bob.told.startswith(f"policy.{key}: given adapter.{key} with '(.|.)*!', allowed names, or patterns of names")
+
+
+def test_modules_by_name_and_by_pattern(node: MakeNode, make_job: MakeJob) -> None:
+    bob = node()
+    for targets in ("all-linear", ["q_proj", "up_proj"], r".*\.(q|up)_proj", "model.layers.1.mlp.up_proj"):
+        given = make_job(r"adapter.rank_pattern={'layers\.\d\..*up_proj'=2}").model_dump(mode="json")
+        bob.hello(make_job(), adapter=given["adapter"] | {"targets": targets})
+        assert bob.told == ""
+
+
+def test_a_job_takes_no_more_threads_than_there_are_cores(
+    make_job: MakeJob, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    build = builder(parser().parse_args(["--insecure", "--client", "bob", "--socket", "s"]))
+    for threads in (2, 1_000_000, 0):
+        build(make_job(f"machine.threads={threads}").model_dump(mode="json"))
+    assert counts == [2, 3]
 
 
 @pytest.mark.parametrize("epochs", [4.0, 1e9])
@@ -152,13 +238,67 @@ def test_a_round_has_its_steps_once_however_it_is_asked(node: MakeNode, make_job
     assert again.told == ""
 
 
+def test_an_ask_that_comes_again_counts_once(node: MakeNode, make_job: MakeJob, tmp_path: Path) -> None:
+    """After a lost connection the coordinator asks the same up to five times; all two steps of two are taken each time."""
+    job, policy = make_job(), Policy(max_steps=2, rounds_per_day=1)
+    before, told = node(policy, tmp_path), []
+    before.hello(job)
+    for _ in range(2):
+        before.train(job)
+        told.append(before.told)
+    after = node(policy, tmp_path)  # a restart
+    for _ in range(4):
+        after.train(job)
+        told.append(after.told)
+    assert told[:5] == [""] * 5
+    assert told[5].startswith("policy.asks: given the same ask '1.0' for the 6th time, allowed 5 times")
+
+
+def test_what_is_said_of_an_ask_again_does_not_lessen_what_it_used(node: MakeNode, make_job: MakeJob) -> None:
+    """Two steps of three under one name, then none under the same name: the other ask has one left, not three."""
+    job = make_job()
+    bob = node(Policy(max_steps=3))
+    bob.hello(job)
+    bob.train(job)
+    bob.ask("evaluate", payload_of(blueprint(job).adapter))
+    assert bob.told == ""
+    bob.train(job, ask="1.1")
+    assert bob.told.startswith("policy.max_steps: ")
+
+
+def test_a_round_has_few_asks(node: MakeNode, make_job: MakeJob) -> None:
+    """However they are called, and of whatever kind they are: else one round of the day would be as many as one likes."""
+    job = make_job("train.steps=1")
+    bob = node(Policy(max_steps=100))
+    bob.hello(job)
+    for number in range(16):
+        bob.ask("evaluate" if number % 2 else "train", payload_of(blueprint(job).adapter), ask=f"1.{number}")
+        assert bob.told == ""
+    bob.ask("evaluate", ask="1.16")
+    assert bob.told.startswith("policy.asks: given ask '1.16', the 17th of round 1, allowed 16 a round")
+    bob.train(job, ask="1.0")
+    assert bob.told == ""
+    bob.train(job, ask="2.0", round=2)
+    assert bob.told == ""
+
+
+def test_without_limits_of_work_asks_are_not_counted(node: MakeNode, make_job: MakeJob) -> None:
+    """Runs of one name, such as those of an unsigned trial, go on all day."""
+    job = make_job("train.steps=1")
+    bob = node()
+    bob.hello(job)
+    for _ in range(7):
+        bob.train(job)
+    assert bob.told == ""
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         ("strategy=decomfl", "strategy.seeds_per_step=1000000000000"),
         ("strategy=mezo", "strategy.seeds_per_step=1000000000000"),
         ("strategy=fedavg", "train.steps=99999"),
-        ("strategy=fedavg", "train.batch=1000000000000"),
+        ("strategy=fedavg", "train.batch=65536"),
     ],
 )
 def test_the_time_of_a_round_is_kept_whatever_the_settings(
@@ -281,7 +421,7 @@ def test_a_job_that_is_none(job: Any, node: MakeNode) -> None:
     assert bob.told.startswith("a 'hello' came whose job cannot be read")
 
 
-@pytest.mark.parametrize("round", [None, "two", [1]])
+@pytest.mark.parametrize("round", [None, "two", [1], float("inf")])
 def test_an_ask_without_its_round(round: object, node: MakeNode, make_job: MakeJob) -> None:
     bob, job = node(), make_job()
     bob.hello(job)
@@ -323,6 +463,14 @@ def test_an_error_about_data_does_not_quote_it(
     bob.hello(make_job(*keys))
     assert "not shown" in bob.told
     assert "patient" not in bob.told
+
+
+def test_the_labels_of_a_job_do_not_find_out_which_one_the_data_has(node: MakeNode, make_job: MakeJob, tmp_path: Path) -> None:
+    """A hint at the nearest of them would say so, a little nearer with each job."""
+    bob = node(data=rows(tmp_path, *[{"text": "the cat", "label": "cancer"}] * 2))
+    bob.hello(make_job("model.task=classification", "model.labels=['cancel', 'dog']"))
+    assert "unknown label a str of 6 (not shown, as this may travel); known: cancel, dog" in bob.told
+    assert "did you mean" not in bob.told
 
 
 def test_what_is_refused_stands_in_this_side_s_log(node: MakeNode, make_job: MakeJob, caplog: pytest.LogCaptureFixture) -> None:

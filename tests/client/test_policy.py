@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from client.admission import Own
 from client.diary import Diary, Used
 from client.hours import Hours
+from client.patterns import is_quick
 from client.policy import Policy, rules
 from fedtune.errors import Forbidden, UserError
 from fedtune.job import Job
@@ -120,27 +123,27 @@ def test_hours_are_the_minutes_from_start_to_end(start: int, end: int, now: int)
 def test_an_ask_outside_the_hours() -> None:
     policy, diary = Policy(hours=("22:00-06:00", "12:00-13:00")), Diary(None)
     for hour in (22, 23, 0, 5, 12):
-        policy.admit_ask("train", "run", 1, diary, at(hour))
+        policy.admit_ask("train", "run", 1, "1.0", diary, at(hour))
     with pytest.raises(Forbidden, match=r"^policy\.hours: given an ask at 06:00 .*, allowed 22:00-06:00, 12:00-13:00; ask the"):
-        policy.admit_ask("train", "run", 1, diary, at(6))
+        policy.admit_ask("train", "run", 1, "1.0", diary, at(6))
 
 
 def test_the_rounds_of_a_day() -> None:
     policy, diary = Policy(rounds_per_day=2), Diary(None)
     for round in (1, 1, 2, 2):
-        policy.admit_ask("train", "run", round, diary, at(9))
-        diary.note("run", round, Used(), at(9))
+        policy.admit_ask("train", "run", round, f"{round}.0", diary, at(9))
+        diary.note("run", round, f"{round}.0", Used(), at(9))
     with pytest.raises(Forbidden, match=r"^policy\.rounds_per_day: given round 3 of today \(UTC\), allowed 2; ask"):
-        policy.admit_ask("train", "run", 3, diary, at(10))
-    policy.admit_ask("train", "run", 2, diary, at(10))
-    policy.admit_ask("train", "run", 3, diary, datetime(2026, 3, 2, tzinfo=UTC))
+        policy.admit_ask("train", "run", 3, "3.0", diary, at(10))
+    policy.admit_ask("train", "run", 2, "2.0", diary, at(10))
+    policy.admit_ask("train", "run", 3, "3.0", diary, datetime(2026, 3, 2, tzinfo=UTC))
 
 
 def test_evaluation_may_stay_here() -> None:
     policy = Policy(evaluation=False)
-    policy.admit_ask("train", "run", 1, Diary(None), at(9))
+    policy.admit_ask("train", "run", 1, "1.0", Diary(None), at(9))
     with pytest.raises(Forbidden, match=r"^policy\.evaluation: .*--set rounds\.evaluate_every=0"):
-        policy.admit_ask("evaluate", "run", 1, Diary(None), at(9))
+        policy.admit_ask("evaluate", "run", 1, "1.0", Diary(None), at(9))
 
 
 def test_strategies_by_name(make_job: MakeJob) -> None:
@@ -167,6 +170,84 @@ def test_steps_and_rank(make_job: MakeJob) -> None:
     assert "policy.max_rank" in refusal(policy, make_job("adapter.rank_pattern={q_proj=9}"))
     assert "policy.max_rank" in refusal(policy, make_job("clients.ranks={bob=8}"))
     policy.admit_job(make_job("clients.ranks={ann=8}"), ALL_OWN)  # another's rank is not ours
+
+
+@pytest.mark.parametrize(
+    ("key", "most"),
+    [("data.max_length", 10**6), ("train.batch", 2**16), ("train.micro_batch", 2**16), ("model.labels", 2**16)],
+)
+def test_sizes_have_an_end(key: str, most: int, make_job: MakeJob) -> None:
+    Policy().admit_job(make_job(f"{key}={most}"), ALL_OWN)
+    assert refusal(Policy(), make_job(f"{key}={most + 1}")).startswith(
+        f"policy.{key.partition('.')[2]}: given {key} = {most + 1}, allowed at most {most}; ask the coordinator to"
+    )
+
+
+def test_codecs_are_short(make_job: MakeJob) -> None:
+    """Long ones take long to read: here a minute, in spaces alone."""
+    job = make_job()
+    job = job.model_copy(update={"wire": job.wire.model_copy(update={"up": "a" + " " * 20_000 + "("})})
+    assert refusal(Policy(), job).startswith("policy.stages: given a codec of 20002 characters, allowed 200")
+
+
+QUICK = [
+    "all-linear",
+    "q_proj",
+    r"model\.layers\.\d+\.mlp\.(up|down)_proj",
+    ".*q_proj$",
+    "^.*(self_attn|mlp).*(q_proj|up_proj)",
+]
+SLOW = [
+    "(.|.)*!",
+    "(a*)*b",
+    "(a|b)+",
+    ".*.*.*!",
+    "(a|b)(a|b)(a|b)c",
+    "(a|a)b",
+    "(a.|ab)c",
+    "(?:a)",
+    "a{9}",
+    "[ab]",
+    "a" * 201,
+    "",
+]
+
+
+@pytest.mark.parametrize("pattern", QUICK)
+def test_patterns_of_names(pattern: str) -> None:
+    assert is_quick(pattern)
+    re.compile(pattern)
+
+
+@pytest.mark.parametrize("pattern", SLOW)
+def test_patterns_that_may_be_slow(pattern: str) -> None:
+    assert not is_quick(pattern)
+
+
+def test_the_slowest_pattern_that_is_let_in_takes_no_time() -> None:
+    """As PEFT asks it, of a name of 100 letters: two runs may end at any, then come 4 x 4 words: 100^2 / 2 * 16 = 80,000."""
+    name, pattern = "a" * 100, r".*.*(a|aa|aaa|aaaa)(a|aa|aaa|aaaa)\d"
+    assert is_quick(pattern)
+    began = time.process_time()
+    assert re.match(rf"(.*\.)?({pattern})$", name) is None
+    assert time.process_time() - began < 1
+
+
+@given(st.text(r"ab.*+()|\d?[]{}^$-_", max_size=20))
+def test_a_pattern_that_is_let_in_can_be_compiled(pattern: str) -> None:
+    if is_quick(pattern):
+        re.compile(pattern)
+
+
+def test_targets_in_a_list_are_names(make_job: MakeJob) -> None:
+    job, own = make_job("adapter.targets=['q_proj', '.*']"), ALL_OWN
+    assert refusal(Policy(), job, own).startswith("policy.targets: given adapter.targets with '.*', allowed names")
+    many = {f"layers.{number}.up_proj": 2 for number in range(257)}
+    job = make_job()
+    job = job.model_copy(update={"adapter": job.adapter.model_copy(update={"rank_pattern": many})})
+    assert refusal(Policy(), job, own).startswith(
+        "policy.rank_pattern: given adapter.rank_pattern with 257 entries, allowed at most"
+    )
 
 
 def test_columns(make_job: MakeJob) -> None:
