@@ -20,6 +20,7 @@ from server.tally import LONGEST_REASON
 
 MESSAGE_TYPE = "query"
 SHORTEST_WAIT, LONGEST_WAIT = 0.05, 0.5  # seconds between polls; it doubles while nothing comes
+SLACK = 10.0  # seconds that the SuperLink's clock may differ from ours
 AWAY = "its node is not connected"
 LOST = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE)  # the connection, not the client, is to blame
 MOST_TIMES = 5  # that a node is asked the same
@@ -48,9 +49,9 @@ def exchange(
     A node whose connection is lost is asked again when it is back, as long as others are still at work, or fewer than
     `enough` have answered. `sent` is told of every message as it goes out.
     """
-    open_asks = _Asks(grid, asks, post, sent)
-    open_asks.push(asks)
     deadline, wait, answers = time.monotonic() + timeout, SHORTEST_WAIT, 0
+    open_asks = _Asks(grid, asks, post, sent, deadline)
+    open_asks.push(asks)
     while open_asks.waiting or (open_asks.away and answers < enough):
         messages = open_asks.pull()
         for message in messages:
@@ -72,8 +73,15 @@ def exchange(
 class _Asks:
     """Messages under way, and nodes that could not be reached."""
 
-    def __init__(self, grid: Grid, asks: Mapping[int, Envelope], post: Post, sent: Callable[[int, Envelope], None]) -> None:
-        self._grid, self._asks, self._post, self._sent = grid, asks, post, sent
+    def __init__(
+        self,
+        grid: Grid,
+        asks: Mapping[int, Envelope],
+        post: Post,
+        sent: Callable[[int, Envelope], None],
+        deadline: float,
+    ) -> None:
+        self._grid, self._asks, self._post, self._sent, self._deadline = grid, asks, post, sent, deadline
         self.waiting: dict[str, int] = {}  # message -> node
         self.away: list[int] = []
         self._times = Counter[int]()
@@ -83,11 +91,16 @@ class _Asks:
         if not nodes:
             return
         envelopes = {node: self._post.out(node, self._asks[node]) for node in nodes}
-        messages = [self._grid.create_message(to_record(envelopes[node]), MESSAGE_TYPE, node, "") for node in nodes]
+        messages = [self._message(node, envelopes[node]) for node in nodes]
         self.waiting |= dict(zip(self._grid.push_messages(messages), nodes, strict=True))
         self._times.update(nodes)
         for node, envelope in envelopes.items():
             self._sent(node, envelope)
+
+    def _message(self, node: int, envelope: Envelope) -> Message:
+        """Not delivered any more when the deadline is over: a client that comes back then would work for nothing."""
+        left = max(self._deadline - time.monotonic(), 0.0) + SLACK
+        return self._grid.create_message(to_record(envelope), MESSAGE_TYPE, node, "", ttl=left)
 
     def back(self) -> list[int]:
         """Nodes that were away and are not any more."""

@@ -11,7 +11,7 @@ from flwr.common.constant import ErrorCode
 from fedtune.envelope import Envelope
 from fedtune.messages import from_record, to_record
 from server import exchange as exchange_module
-from server.exchange import AWAY, LONGEST_WAIT, MOST_TIMES, SHORTEST_WAIT, Reply, exchange
+from server.exchange import AWAY, LONGEST_WAIT, MOST_TIMES, SHORTEST_WAIT, SLACK, Reply, exchange
 from server.tally import LONGEST_REASON
 
 ASK = Envelope({"ask": "1.0"})
@@ -37,8 +37,12 @@ class PlayedGrid:
     def __init__(self, clock: Clock, arrivals: Mapping[int, float], contents: Mapping[int, RecordDict | Error]) -> None:
         self.clock, self.arrivals, self.contents = clock, arrivals, contents
         self.sent: dict[str, Message] = {}
+        self.ttls: list[float | None] = []
 
-    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str) -> Message:
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        self.ttls.append(ttl)
         return Message(metadata=self._metadata(f"ask-{dst_node_id}", dst_node_id, ""), content=content)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
@@ -213,3 +217,11 @@ def test_a_reason_of_strangers_is_one_short_line(clock: Clock) -> None:
     [reply] = ask(played(clock, {1: 0.0}, {1: error}), nodes=[1])
     assert reply.failed.startswith("?[2J all is well")
     assert len(reply.failed) == LONGEST_REASON
+
+
+def test_an_ask_is_not_delivered_after_its_deadline(clock: Clock) -> None:
+    grid = PatchyGrid(clock, healed=2.0, others={2: 4.0})
+    list(exchange(grid, dict.fromkeys([1, 2], ASK), 60.0))
+    first, second, again = grid.ttls
+    assert first == second == 60.0 + SLACK
+    assert again == pytest.approx(60.0 - grid.pushed[2][0] + SLACK)
