@@ -15,6 +15,8 @@ from typing import Any
 
 LINK, ANSWERS = "link.json", "answers.jsonl"
 LONGEST = 500  # characters of a word
+LINE = 1 << 14  # bytes of one line, at most
+LATEST = 1e12  # seconds, in 30 000 years
 MOST = 1 << 20  # bytes of answers.jsonl, after which it begins anew
 
 
@@ -38,8 +40,10 @@ class Link:
     def read(cls, file: Path) -> Link | None:
         """None before the server has answered anything."""
         try:
-            return cls(**json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            given = cls(**json.loads(file.read_text(encoding="utf-8")))
+            times = (number(given.at), number(given.well), number(given.warned))
+            return cls(str(plain(given.path)), int(number(given.status)), *times)
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
 
 
@@ -47,6 +51,11 @@ def plain(given: Any) -> Any:
     """A word of a message whose signature nobody has looked at yet, fit for a terminal: short, no control characters."""
     text = "".join(letter if letter.isprintable() else "?" for letter in str(given)[:LONGEST])
     return given if given is None or isinstance(given, int) else text
+
+
+def number(given: Any) -> float:
+    """0 where it is none that a clock could show."""
+    return float(given) if isinstance(given, int | float) and 0 <= given < LATEST else 0.0
 
 
 class Answers:
@@ -67,21 +76,43 @@ class Answers:
 
 
 class Follow:
-    """Reads the lines that were added to a file since the last look; what was there before the first is old."""
+    """Reads the lines that were added to a file since the last look; what was there before the first is old.
+
+    Who has taken the relay over writes what he likes, so a line that is none of ours is passed over.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._read = file.stat().st_size if file.exists() else 0
 
     def new(self) -> Iterator[dict[str, Any]]:
-        if not self._file.exists():
+        try:
+            yield from self._lines()
+        except OSError:
+            return
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        if not self._file.is_file():
             return
         if self._file.stat().st_size < self._read:
             self._read = 0  # it has begun anew
         with self._file.open("rb") as file:
             file.seek(self._read)
-            for line in file:
-                if not line.endswith(b"\n"):
+            while line := file.readline(LINE):
+                if not line.endswith(b"\n") and len(line) < LINE:
                     return  # still being written
                 self._read += len(line)
-                yield json.loads(line)
+                if told := understood(line):
+                    yield told
+
+
+def understood(line: bytes) -> dict[str, Any]:
+    """What a line of the relay's says, fit for a terminal; nothing where it is none."""
+    try:
+        given = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(given, dict):
+        return {}
+    told = {key: plain(given[key]) for key in ("kind", "run", "round", "failed") if key in given}
+    return told | ({"seconds": number(given["seconds"])} if "seconds" in given else {})

@@ -105,7 +105,7 @@ def stop(folder: Folder, json_: Json = False) -> None:
 
 def logs(
     folder: Folder,
-    process: Annotated[str | None, typer.Argument(help="Such as superlink, run, trainer; absent is all.")] = None,
+    process: Annotated[str | None, typer.Argument(help="Such as superlink, serverapp, trainer; absent is all.")] = None,
     follow: Annotated[bool, typer.Option(help="Go on with what comes, until its server or client ends.")] = False,
     lines: Annotated[int, typer.Option(min=0, help="How many of the last lines of each.")] = 50,
     json_: Json = False,

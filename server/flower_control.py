@@ -24,9 +24,11 @@ from flwr.proto import control_pb2 as flower
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.error import FlowerError
 from flwr.supercore.fab import Fab
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supercore.utils import simulation_config_from_json
 
 from fedtune.errors import FedtuneError
+from server.door import HEADER, word_of
 
 COMPLETED = "finished:completed"
 TIMEOUT = 10.0  # seconds
@@ -47,13 +49,28 @@ class Node:
         return self.status == "online"
 
 
-class Control:
-    """A connection to the SuperLink at `address`; without `ca` it is not encrypted. Raises FedtuneError with Flower's words."""
+class Says:
+    """Puts our word into the header of each request."""
 
-    def __init__(self, address: str, ca: Path | None = None) -> None:
+    def __init__(self, word: str) -> None:
+        self._word = word
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        context.request.headers[HEADER] = self._word
+        return call_next(context)
+
+
+class Control:
+    """A connection to the SuperLink at `address`; without `ca` it is not encrypted. Raises FedtuneError with Flower's words.
+
+    `secret`: what the SuperLink was started with, where it stands behind our door.
+    """
+
+    def __init__(self, address: str, ca: Path | None = None, secret: bytes = b"") -> None:
         self.address = address
         verify = ssl.create_default_context(cafile=str(ca)) if ca else False
-        self._client = ControlHttpClient(f"http{'s' * bool(ca)}://{address}", verify=verify, timeout=TIMEOUT)
+        says = [Says(word_of(secret))] if secret else []
+        self._client = ControlHttpClient(f"http{'s' * bool(ca)}://{address}", interceptors=says, verify=verify, timeout=TIMEOUT)
 
     def __enter__(self) -> Self:
         return self

@@ -18,17 +18,17 @@ POLL = 0.1  # seconds between looks at the metrics
 STATUS_POLL = 2.0  # seconds between questions to the SuperLink
 
 
-def submit(
-    control: Control, job: Job, folder: Path, at: Path, clientapp: str, keys: Path | None = None, federation: str = ""
-) -> int:
-    """The job as a run of `server.app` that writes `folder`; the bundle is made in `at`. Returns the run's id."""
+def submit(control: Control, job: Job, folder: Path, at: Path, clientapp: str, federation: str = "") -> int:
+    """The job as a run of `server.app` that writes `folder`; the bundle is made in `at`. Returns the run's id.
+
+    All that it is told goes to every node, so only simulations tell it so.
+    """
     bundle = make_bundle(at / "bundle", "server.app:app", clientapp)
-    config = {"job": job.model_dump_json(), "folder": str(folder.absolute()), "keys": str(keys.absolute()) if keys else ""}
-    return control.submit(bundle, config, federation)
+    return control.submit(bundle, {"job": job.model_dump_json(), "folder": str(folder.absolute()), "keys": ""}, federation)
 
 
 def submit_bare(control: Control, at: Path, clientapp: str) -> int:
-    """A run that tells the SuperLink nothing; its ServerApp is told here. Where it is executed elsewhere, it ends at once."""
+    """A run that tells SuperLink and nodes nothing; its ServerApp is told here. Executed elsewhere, it ends at once."""
     return control.submit(make_bundle(at / "bundle", "server.app:app", clientapp), {})
 
 

@@ -1,9 +1,8 @@
-"""A SuperLink that somebody else runs, as `fedtune server --superlink` was given it, and the ServerApp that then runs here."""
+"""A SuperLink that somebody else runs, as `fedtune server --superlink` was given it; and what a ServerApp of ours is told."""
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +21,6 @@ class Foreign:
     ca: Path  # the authority of its certificate
     secret: Path | None = None  # what its operator gave it as --superexec-auth-secret-file
 
-    def serverapp(self, config: Path) -> list[str]:
-        """The command that plays the run of that config."""
-        words = ["--superlink", str(self.at), "--ca", str(self.ca), "--config", str(config)]
-        words += ["--secret", str(self.secret)] if self.secret else []
-        return [sys.executable, "-m", "server.serverapp", *words]
-
 
 def checked_foreign(superlink: str, ca: Path, secret: Path | None) -> Foreign:
     """Raises UserError with what is to be mended; nothing is asked of the SuperLink yet."""
@@ -43,9 +36,9 @@ def checked_foreign(superlink: str, ca: Path, secret: Path | None) -> Foreign:
     return Foreign(address(superlink), ca, secret)
 
 
-def write_config(folder: Path, run: int, job: Job, out: Path, keys: Path) -> Path:
-    """What the ServerApp is told here, where it would otherwise be told by the SuperLink."""
-    config = {"run": run, "job": job.model_dump_json(), "folder": str(out), "keys": str(keys)}
+def write_config(folder: Path, run: int, job: Job, out: Path, keys: Path | None) -> Path:
+    """What the ServerApp is told here, where it would otherwise be told by the SuperLink, as all nodes would."""
+    config = {"run": run, "job": job.model_dump_json(), "folder": str(out), "keys": str(keys) if keys else ""}
     (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
     return folder / CONFIG
 

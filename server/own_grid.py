@@ -1,4 +1,4 @@
-"""Flower's Grid at a SuperLink of somebody else: nobody but our own clients is asked anything."""
+"""Flower's Grid as our ServerApp has it: nobody but our own clients is asked anything, whoever else is at the SuperLink."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ log = logging.getLogger("fedtune.serverapp")
 
 
 class OwnGrid(HttpGrid):
-    """`welcome`: the nodes' public keys (PEM). Others may be connected to the same SuperLink."""
+    """`welcome`: the nodes' public keys (PEM); None, as there is no TLS without `ca`, is everybody: a run without keys."""
 
-    def __init__(self, address: str, ca: bytes, token: str, welcome: Set[bytes]) -> None:
-        super().__init__(address, insecure=False, root_certificates=ca, token=token)
-        self._welcome = frozenset(welcome)
+    def __init__(self, address: str, ca: bytes | None, token: str, welcome: Set[bytes] | None) -> None:
+        super().__init__(address, insecure=ca is None, root_certificates=ca, token=token)
+        self._welcome = welcome
 
     def __enter__(self) -> Self:
         return self
@@ -42,4 +42,4 @@ class OwnGrid(HttpGrid):
             log.warning("the SuperLink was not told that the run is over: %s", error)
 
     def get_node_ids(self) -> list[int]:
-        return [node.node_id for node in self.get_nodes() if node.public_key in self._welcome]
+        return [node.node_id for node in self.get_nodes() if self._welcome is None or node.public_key in self._welcome]

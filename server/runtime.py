@@ -30,9 +30,9 @@ class Taken:
 
 
 class Runtime:
-    """`secret` is what the SuperLink was given too: without one, whoever reaches it can take tasks."""
+    """`secret` is what the SuperLink was given too: without one, whoever reaches it can take tasks. No `ca`: no TLS."""
 
-    def __init__(self, address: str, ca: bytes, secret: bytes | None = None) -> None:
+    def __init__(self, address: str, ca: bytes | None, secret: bytes | None = None) -> None:
         self._address, self._ca = address, ca
         signs = [SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=SIGNED)] if secret else []
         self._client = self._connected(*signs)
@@ -67,5 +67,5 @@ class Runtime:
     def _connected(self, *interceptors: Any) -> Any:
         version = RuntimeVersionHttpInterceptor(component_name="flwr-serverapp")
         return RuntimeHttpClient.from_server_address(
-            self._address, insecure=False, root_certificates=self._ca, interceptors=[version, *interceptors]
+            self._address, insecure=self._ca is None, root_certificates=self._ca, interceptors=[version, *interceptors]
         )

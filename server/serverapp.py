@@ -1,6 +1,6 @@
-"""The ServerApp's process where somebody else runs the SuperLink: it takes the task of one run, ours, and plays it here.
+"""The ServerApp's process: it takes the task of one run, ours, at a SuperLink of ours or of somebody else, and plays it here.
 
-    python -m server.serverapp --superlink HOST:PORT --ca FILE --config FILE [--secret FILE]
+    python -m server.serverapp --superlink HOST:PORT --config FILE [--ca FILE] [--secret FILE]
 
 Flower's own SuperExec would take the task of any run, and execute what the SuperLink sends as its code (its FAB), beside our
 keys. Here nothing that comes from there is executed, nor believed: what is run is `server.app`, its job, folder and keys come
@@ -14,7 +14,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,15 +140,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _play_once(words: argparse.Namespace) -> None:
-    given, ca = Given.read(words.config), words.ca.read_bytes()
-    secret = words.secret.read_bytes() if words.secret else None
-    with Control(words.superlink, words.ca) as control, Runtime(words.superlink, ca, secret) as runtime:
+    given, ca = Given.read(words.config), words.ca.read_bytes() if words.ca else None
+    secret = words.secret.read_bytes() if words.secret else b""
+    with Control(words.superlink, words.ca, secret) as control, Runtime(words.superlink, ca, secret) as runtime:
         token = take(given.run, control, runtime)
     log.info("run %d is played here", given.run)
-    records = CoordinatorKeys.registry_in(Path(given.config["keys"])).clients().values()
-    welcome = {record.node_pem() for record in records if not record.revoked}
-    with OwnGrid(words.superlink, ca, token, welcome) as grid:
+    with OwnGrid(words.superlink, ca, token, welcome_by(given.config["keys"])) as grid:
         play(given, grid)
+
+
+def welcome_by(keys: str) -> Set[bytes] | None:
+    """Node keys of the clients that are registered in that folder; None, without one, is everybody."""
+    if not keys:
+        return None
+    records = CoordinatorKeys.registry_in(Path(keys)).clients().values()
+    return {record.node_pem() for record in records if not record.revoked}
 
 
 def _failed(why: str) -> int:
@@ -157,9 +163,9 @@ def _failed(why: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m server.serverapp", description="Play one run of another's SuperLink here.")
+    parser = argparse.ArgumentParser(prog="python -m server.serverapp", description="Play one run of a SuperLink here.")
     parser.add_argument("--superlink", required=True, help="host:port")
-    parser.add_argument("--ca", required=True, type=Path, help="authority of its certificate, PEM")
+    parser.add_argument("--ca", type=Path, help="authority of its certificate, PEM; absent: no TLS")
     parser.add_argument("--config", required=True, type=Path, help="JSON: run, job, folder, keys")
     parser.add_argument("--secret", type=Path, help="file that the SuperLink was given as --superexec-auth-secret-file")
     return parser

@@ -19,6 +19,7 @@ from fedtune.security.coordinator_keys import CoordinatorKeys
 from server.foreign import Foreign, checked_foreign
 from server.run_folder import require_free
 
+SECRET = "server.secret"  # between a SuperLink of ours and this server's other processes, new at each start
 HERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # how the machine itself reaches what listens everywhere
 
 
@@ -45,6 +46,11 @@ class Settings:
             return self.foreign.ca
         return self.keys.tls()[0] if self.keys else None
 
+    @property
+    def secret(self) -> Path | None:
+        """Who has it, may execute runs of the SuperLink."""
+        return self.foreign.secret if self.foreign else self.folder / SECRET
+
     def registered(self) -> dict[str, bool] | None:
         """Client -> whether it is revoked; None where nobody is known by name."""
         if self.keys is None:
@@ -55,11 +61,18 @@ class Settings:
         """The command that starts it."""
         options = ["--host", self.listens.host, "--port", str(self.listens.port)]
         options += ["--database", str(self.folder / "superlink.db")]
+        options += ["--isolation", "process", "--superexec-auth-secret-file", str(self.folder / SECRET)]
         if self.keys is None:
             return [sys.executable, "-m", "server.superlink", *options, "--insecure"]
         ca, certificate, key = map(str, self.keys.tls())
         tls = ["--ssl-ca-certfile", ca, "--ssl-certfile", certificate, "--ssl-keyfile", key]
         return [sys.executable, "-m", "server.superlink", *options, *tls, "--enable-supernode-auth"]
+
+    def serverapp(self, config: Path) -> list[str]:
+        """The command that plays the run of that config. A token, on a command line, could be read by every local user."""
+        given = {"--superlink": self.here, "--config": config, "--ca": self.ca, "--secret": self.secret}
+        words = [str(word) for option, value in given.items() if value for word in (option, value)]
+        return [sys.executable, "-m", "server.serverapp", *words]
 
 
 def checked(

@@ -10,12 +10,15 @@ import os
 import socket
 import sys
 from collections.abc import MutableMapping, Sequence
+from pathlib import Path
 
 from flwr import __version__ as flower_version
 from flwr.superlink import extensions
 from starlette.middleware import Middleware
 
-from server.door import Address, Door, plain_address
+from fedtune.errors import KeysError
+from fedtune.security.keyfiles import read_private
+from server.door import Address, Door, plain_address, word_of
 
 # Settings of the environment that open other ways in: Control without a door on a port of its own, and peers of our choice.
 SIDE_DOORS = ("FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_INTERNAL_GRPC_FLEET_API", "FORWARDED_ALLOW_IPS")
@@ -24,7 +27,8 @@ ANY = ("0.0.0.0", "::")
 
 def main() -> None:
     close_side_doors(os.environ)
-    install_door(own_addresses(listens_on(sys.argv[1:])))
+    options = sys.argv[1:]
+    install_door(word_of(secret_in(options)), own_addresses(option(options, "--host") or "127.0.0.1"))  # as Flower has it
     for name in ("uvicorn.access", "flwr"):
         logging.getLogger(name).addFilter(is_news)
     from flwr.superlink.cli import flower_superlink
@@ -32,11 +36,11 @@ def main() -> None:
     flower_superlink()
 
 
-def install_door(own: Sequence[Address] = ()) -> None:
+def install_door(word: str, own: Sequence[Address] = ()) -> None:
     """Ends the process where Flower would not put the door before everything else."""
     already = getattr(extensions, "get_middleware", None)
     if already is not None:
-        extensions.get_middleware = lambda: (Middleware(Door, own=own), *already())
+        extensions.get_middleware = lambda: (Middleware(Door, word=word, own=own), *already())
     if already is None or not is_installed():
         sys.exit(
             f"fedtune: flwr {flower_version} does not take the door that keeps strangers from submitting runs "
@@ -58,13 +62,26 @@ def close_side_doors(environment: MutableMapping[str, str]) -> None:
         environment.pop(name, None)
 
 
-def listens_on(options: Sequence[str]) -> str:
-    """What `--host` says; Flower's own default is loopback."""
-    for option, value in zip(options, [*options[1:], ""], strict=True):
-        name, equals, joined = option.partition("=")
-        if name == "--host":
-            return joined if equals else value
-    return "127.0.0.1"
+def secret_in(options: Sequence[str]) -> bytes:
+    """Ends the process where there is none, or where Flower would not ask executors for it."""
+    file = option(options, "--superexec-auth-secret-file")
+    if not file or option(options, "--isolation") != "process":
+        sys.exit("fedtune: wanted `--isolation process` and --superexec-auth-secret-file: without, others could take our tasks")
+    try:
+        secret = read_private(Path(file))
+    except KeysError as error:
+        sys.exit(f"fedtune: {error}")
+    return secret or sys.exit(f"fedtune: {file} is empty; wanted random bytes")
+
+
+def option(options: Sequence[str], wanted: str) -> str:
+    """What it says; empty where it is not given. The last counts, as for Flower."""
+    found = ""
+    for word, value in zip(options, [*options[1:], ""], strict=True):
+        name, equals, joined = word.partition("=")
+        if name == wanted:
+            found = joined if equals else value
+    return found
 
 
 def own_addresses(host: str) -> tuple[Address, ...]:

@@ -10,42 +10,47 @@ import os
 import time
 from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
+from secrets import token_bytes
+from typing import Any
 
 from rich.console import Console
 
 from fedtune.daemon import State
 from fedtune.errors import FedtuneError, RoundFailed
 from fedtune.job import Job
-from fedtune.processes import Processes, end, started_in, tail
+from fedtune.processes import Processes, end, started_in
+from fedtune.security.keyfiles import make_folder, write_private
 from fedtune.tending import Tending
 from server.enrolment import Anybody, Enrolment, Standing
 from server.flower_control import Control, NoSuperLink
-from server.following import Progress, as_seen_anywhere, ended, follow, keep_log, require_completed, submit
+from server.following import Progress, as_seen_anywhere, ended
 from server.loglines import last_lines
+from server.playing import Playing
 from server.records import RoundRecord, Watcher
 from server.said import Said
-from server.settings import Settings
+from server.settings import SECRET, Settings
 from server.table import LiveTable
 from server.tensorboard import TensorBoard
 from server.waiting import wait_for, wanted_of
 from server.watchers import Quiet, Several
 
-CLIENTAPP = "client.app:app"
 START = 60.0  # seconds for the SuperLink to answer
 LOOK = 2.0  # seconds between looks at registry and nodes
-FAREWELL = 5.0  # seconds for the log of a run to come to its end
 
 
 def serve(settings: Settings, console: Console, life: type[Server] | None = None) -> None:
     """Up to the end of the run. Raises RoundFailed where it did not complete. `life`: absent is one with its own SuperLink."""
     wanted_of(settings.job, settings.registered())
+    make_folder(settings.folder)
     if settings.foreign is None:
         keep_off_proxies(os.environ, settings.listens.host)
+        write_private(settings.folder / SECRET, token_bytes(32))
+    secret = settings.secret.read_bytes() if settings.secret else b""
     said = Said(settings.folder, State(role="server", address=str(settings.listens)))
     with said.to_the_end():
         end(started_in(settings.folder))  # what a server that was killed has left
         processes = Processes(settings.folder, logs=settings.folder / "logs")
-        with processes, Control(settings.here, settings.ca) as control:
+        with processes, Control(settings.here, settings.ca, secret) as control:
             (life or Server)(settings, processes, control, said, console).run()
 
 
@@ -63,6 +68,7 @@ class Server:
         self._settings, self._processes, self._control = settings, processes, control
         self._said, self._console = said, console
         self._tending = Tending(processes)
+        self._playing = Playing(settings, processes, control)
         self._enrolment = _enrolment(settings, control)
         self._clients: Mapping[str, Standing] | None = None
         self._looked = float("-inf")
@@ -79,7 +85,7 @@ class Server:
 
     def _start(self) -> None:
         self._tending.keep("superlink", self._settings.superlink())
-        self._said.say(processes=self._tending.as_json())
+        self._said.say(processes=self._processes_as_json())
         self._processes.until(self._control.answers, f"the SuperLink to answer on {self._settings.here}", START)
         guarded = "TLS, node keys, signed asks" if self._settings.keys else "INSECURE: no TLS, no keys"
         self._tell(f"listening on {self._settings.listens} ({guarded})")
@@ -112,39 +118,32 @@ class Server:
             log = self._processes.log(name)
             code, last = self._tending.exit_code(name), " ".join(last_lines(log, 2))
             self._tell(f"{name} ended with exit code {code} and is started again; its last words in {log}: {last}", True)
-        self._said.say(processes=self._tending.as_json())
+        self._said.say(processes=self._processes_as_json())
         return bool(fallen)
+
+    def _processes_as_json(self) -> Mapping[str, Mapping[str, Any]]:
+        once = {name: {"pid": pid, "restarts": 0} for name, pid in self._processes.pids().items()}
+        return once | dict(self._tending.as_json())
 
     def _play(self, clients: list[str]) -> None:
         settings = self._settings
         job = as_seen_anywhere(settings.job, len(clients))
-        run = self._submit(job)
+        run = self._playing.begin(job)
         about = {"name": job.name, "folder": str(settings.run), "flower": str(run), "round": 0, "rounds": job.rounds.count}
         self._said.say(phase="running", run=about)
         try:
             with LiveTable(self._console) as table, TensorBoard(settings.run) as events:
                 watcher = Several([table, events, Rounds(self._said, table)])
                 watcher.started(job, dict.fromkeys(clients, 0))
-                self._follow(run, Progress(settings.run / "metrics.jsonl", watcher))
+                progress = Progress(settings.run / "metrics.jsonl", watcher)
+                self._playing.follow(run, progress, lambda: self._between(run))
         except BaseException:
             with suppress(FedtuneError):
                 self._control.stop(run)
             raise
 
-    def _submit(self, job: Job) -> int:
-        settings = self._settings
-        keys = settings.keys.folder if settings.keys else None
-        return submit(self._control, job, settings.run, settings.folder, CLIENTAPP, keys)
-
-    def _follow(self, run: int, progress: Progress) -> None:
-        file = self._processes.log("run")
-        log = keep_log(self._settings.here, self._settings.ca, run, file)
-        status, details = follow(self._control, run, progress, lambda: self._between(run))
-        log.join(FAREWELL)
-        require_completed(status, details, tail(file, 2000))
-
     def _between(self, run: int) -> None:
-        """A run does not outlive its SuperLink, whose ServerApp ends with it; unless it had ended before."""
+        """A run does not outlive its SuperLink, unless it had ended before."""
         if self._tend():
             self._again()
             if ended(self._control, run) is None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from server.records import Watcher
 
 app = typer.Typer(name="fedtune", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+LONGEST = 2000  # characters of an error
 SCENARIOS = app_root() / "simulations" / "scenarios"
 
 
@@ -70,7 +71,9 @@ def said_when_stopped(
 
 
 def _complain(error: FedtuneError, code: int) -> None:
-    typer.echo(f"fedtune: {' '.join(str(error).splitlines())}", err=True)  # a library's words may have many lines
+    from server.report_units import one_line
+
+    typer.echo(f"fedtune: {one_line(str(error), LONGEST)}", err=True)  # it may hold words of a library, or of strangers
     sys.exit(code)
 
 

@@ -35,6 +35,7 @@ from fedtune.security.keyfiles import (
     read_public,
     read_table,
     removed_on_error,
+    require_ours,
     save_pem,
     write_public,
     write_table,
@@ -54,8 +55,8 @@ class CoordinatorKeys:
     @classmethod
     def init(cls, folder: Path, names: Iterable[str], address: str, days: int = SERVER_DAYS) -> CoordinatorKeys:
         """New keys in a folder that has none; everything is checked before the first file is written."""
-        if folder.exists() and folder.stat().st_mode & OTHERS:
-            raise KeysError(f"{folder} is open to others; private keys want a folder of their own: type `chmod 700 {folder}`")
+        if folder.exists():
+            require_ours(folder, OTHERS)
         there = [part for part in PARTS if (folder / part).exists()]
         if there:
             raise KeysError(
@@ -74,8 +75,9 @@ class CoordinatorKeys:
 
     @classmethod
     def load(cls, folder: Path) -> CoordinatorKeys:
-        """Every private file is checked, and that the halves belong together. `ca.key` may be kept elsewhere."""
+        """Folder and private files are checked, and that the halves belong together. `ca.key` may be kept elsewhere."""
         public = cls.public(folder)
+        require_ours(folder, OTHERS)
         signing = load_signing_key(folder / "signing.key")
         sealing = load_sealing_key(folder / "sealing.key")
         if (folder / "ca.key").exists():

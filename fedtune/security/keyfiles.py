@@ -45,12 +45,35 @@ UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm)
 
 
 def make_folder(folder: Path) -> None:
-    """For its owner alone, and so are the folders that are made above it."""
+    """For its owner alone, and so are the folders that are made above it. One that is there must be ours."""
+    if folder.exists():
+        require_ours(folder)
+        return
     try:
         for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
             missing.mkdir(mode=0o700)
     except OSError as error:
         raise KeysError(f"{folder} cannot be made: {error.strerror}") from error
+
+
+def require_ours(folder: Path, closed_to: int = stat.S_IWGRP | stat.S_IWOTH) -> None:
+    """Raises KeysError where others could put files of their own into it; with OTHERS, where they could enter it."""
+    found = folder.stat()
+    if found.st_uid not in (os.geteuid(), 0):
+        raise KeysError(f"{folder} belongs to another user (number {found.st_uid}), who could change what is in it")
+    if found.st_mode & closed_to:
+        mode = stat.S_IMODE(found.st_mode)
+        raise KeysError(f"{folder} is open to others (mode {mode:04o}); wanted its owner alone: type `chmod 700 {folder}`")
+
+
+@contextmanager
+def for_owner_alone() -> Iterator[None]:
+    """Whatever is made meanwhile, here or by a process that is started, is closed to everybody else."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def write_private(path: Path, data: bytes) -> None:

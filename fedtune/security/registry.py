@@ -70,12 +70,19 @@ class Registry:
             raise KeysError(_taken(other))
 
     def add(self, record: ClientRecord, replace: bool = False) -> None:
-        """Two clients never share a key: who has it could answer for both."""
+        """Two clients never share a key: who has it could answer for both. Nor does one come back with a revoked key."""
         record = record.checked()
         if not replace:
             self.require_free(record.name)
         for other in self.clients().values():
-            if other.name != record.name and (other.node == record.node or other.verify == record.verify):
+            if other.node != record.node and other.verify != record.verify:
+                continue
+            if other.revoked:
+                raise KeysError(
+                    f"the keys of {record.name} are those of {other.name}, revoked since {other.revoked}: they may be stolen; "
+                    f"make new ones, here with `fedtune keys rotate client {record.name}` or there with `fedtune keys request`"
+                )
+            if other.name != record.name:
                 raise KeysError(f"the keys of {record.name} are those of {other.name} already; every client needs its own")
         self._write(record)
 

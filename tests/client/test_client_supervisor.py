@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import threading
@@ -16,7 +17,7 @@ from client.handed import Handed
 from client.said import FIRM, Line, Said
 from client.settings import Settings, checked
 from client.supervisor import Client, direct, serve
-from client.told import ANSWERS, LINK, Answers, Follow, Link
+from client.told import ANSWERS, LINE, LINK, Answers, Follow, Link
 from fedtune.daemon import State
 from fedtune.errors import KeysError, UserError
 from fedtune.security.coordinator_keys import CoordinatorKeys
@@ -176,6 +177,62 @@ def test_a_line_that_is_still_being_written_is_read_when_it_is_whole(tmp_path: P
         file.write(' "train"}\n')
         file.flush()
         assert list(follow.new()) == [{"kind": "train"}]
+
+
+STRANGE = [
+    b"\xff\n",
+    b"none of ours\n",
+    b"[1]\n",
+    b"7\n",
+    b"[" * 12_000 + b"\n",  # deeper than Python follows
+    b'{"kind": "train", "round": ' + b"9" * 5000 + b"}\n",  # more digits than Python reads
+    b"x" * (3 * LINE) + b"\n",
+    b'{"kind": {"a": "\\u001b[2J"}, "run": ["r"], "round": "two", "seconds": "soon", "failed": {"b": 1}}\n',
+    b'{"kind": "train", "round": [1], "seconds": NaN}\n',
+    b'{"kind": "train", "round": 1e999, "seconds": 1' + b"0" * 400 + b"}\n",
+    b'{"kind": "hello", "run": null}\n',
+]
+
+
+def test_whatever_a_relay_that_was_taken_over_tells_the_supervisor_goes_on(
+    said: Said, lines: list[str], tmp_path: Path
+) -> None:
+    follow = Follow(tmp_path / ANSWERS)
+    (tmp_path / ANSWERS).write_bytes(b"".join(STRANGE))
+    Answers(tmp_path / ANSWERS).tell({"kind": "train", "run": "demo", "round": 3}, 1.0)
+    for told in follow.new():
+        said.answered(told)
+    assert lines[-1] == "round 3: train answered in 1.0 s"
+    assert all(line.isprintable() for line in lines)
+    assert State.read(tmp_path).run == {"name": "demo", "round": 3}
+
+
+def test_a_relay_s_file_that_is_none_is_passed_over(tmp_path: Path) -> None:
+    follow = Follow(tmp_path / ANSWERS)
+    os.mkfifo(tmp_path / ANSWERS)  # to open it would wait for a writer
+    assert list(follow.new()) == []
+    (tmp_path / ANSWERS).unlink()
+    (tmp_path / ANSWERS).mkdir()
+    assert list(follow.new()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ('{"status": "200", "well": "now", "path": "a\\u001bb"}', Link("a?b")),
+        ('{"status": 401, "well": NaN, "warned": [1], "path": 7}', Link("7", 401)),
+        ('{"status": 200, "well": 1e999}', Link("", 200)),
+        ('{"unknown": 1}', None),
+        ("[" * 100_000, None),
+        ("[1]", None),
+    ],
+)
+def test_whatever_the_supernode_s_file_says_the_supervisor_goes_on(
+    connection: Connection, tmp_path: Path, given: str, read: Link | None
+) -> None:
+    (tmp_path / LINK).write_text(given)
+    assert Link.read(tmp_path / LINK) == read
+    assert connection.why(up=True)
 
 
 def test_the_relay_s_file_begins_anew_before_it_is_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from ipaddress import ip_address
 from typing import Any
 
 import pytest
 
-from server.door import REFUSAL, Door
+from server.door import HEADER, NO_WORD, REFUSAL, RUNTIME, Door, word_of
 
 HERE = [("127.0.0.1", 5), ("127.8.9.1", 5), ("::1", 5), ("::ffff:127.0.0.1", 5)]
 ELSEWHERE = [("192.0.2.7", 5), ("10.0.0.1", 5), ("2001:db8::1", 5), ("::ffff:192.0.2.7", 5), ("0.0.0.0", 5)]
@@ -46,22 +47,49 @@ async def inside(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "let in"})
 
 
-def http(path: str, peer: tuple[str, int] | None, kind: str = "http") -> dict[str, Any]:
-    return {"type": kind, "path": path, "client": peer, "method": "POST", "headers": []}
+WORD = word_of(b"of this server")
+
+
+def http(path: str, peer: tuple[str, int] | None, kind: str = "http", words: Sequence[str] = ()) -> dict[str, Any]:
+    headers = [(HEADER.encode(), word.encode()) for word in words]
+    return {"type": kind, "path": path, "client": peer, "method": "POST", "headers": headers}
+
+
+def refused(path: str, peer: tuple[str, int] | None, *own: str, words: Sequence[str] = (WORD,), wanted: str = WORD) -> str:
+    """With which words; empty where it is let in."""
+    sent = ask(Door(inside, wanted, map(ip_address, own)), http(path, peer, words=words))
+    if sent == [{"type": "let in"}]:
+        return ""
+    assert sent[0]["status"] == 403
+    return sent[1]["body"].decode()
 
 
 def let_in(path: str, peer: tuple[str, int] | None, *own: str) -> bool:
-    sent = ask(Door(inside, map(ip_address, own)), http(path, peer))
-    if sent == [{"type": "let in"}]:
-        return True
-    assert (sent[0]["status"], sent[1]["body"].decode()) == (403, REFUSAL)
-    return False
+    """With the word, which helps nobody who comes from elsewhere."""
+    said = refused(path, peer, *own)
+    assert said in ("", REFUSAL)
+    return not said
 
 
 @pytest.mark.parametrize("peer", HERE)
 @pytest.mark.parametrize("path", OPEN + CLOSED)
-def test_this_machine_reaches_everything(path: str, peer: tuple[str, int]) -> None:
+def test_this_machine_reaches_everything_with_the_word(path: str, peer: tuple[str, int]) -> None:
     assert let_in(path, peer)
+
+
+@pytest.mark.parametrize("words", [(), ("",), (word_of(b"guessed"),), (WORD[:-1],), (WORD, WORD), ("\u00e9",)])
+def test_who_is_local_and_has_not_the_word_is_a_stranger_that_something_forwards(words: Sequence[str]) -> None:
+    """Executors show Flower a secret or a token instead."""
+    free = [path for path in OPEN + CLOSED if path in OPEN or path.startswith(RUNTIME)]
+    assert len(free) == len(OPEN) + 1
+    for peer in HERE:
+        assert [path for path in OPEN + CLOSED if not refused(path, peer, words=words)] == free
+        assert {refused(path, peer, words=words) for path in CLOSED} == {"", NO_WORD}
+
+
+def test_a_door_without_a_word_opens_to_nobody() -> None:
+    assert refused("/v1/control/start-run", HERE[0], words=("",), wanted="") == NO_WORD
+    assert refused("/v1/control/start-run", HERE[0], words=(), wanted="") == NO_WORD
 
 
 @pytest.mark.parametrize("peer", ELSEWHERE + NOBODY)
@@ -77,5 +105,6 @@ def test_the_one_address_that_is_listened_on_is_this_machine_s_own() -> None:
 
 
 def test_a_websocket_from_elsewhere_is_closed_and_the_start_of_the_server_is_let_through() -> None:
-    assert ask(Door(inside), http("/v1/control/x", ("192.0.2.7", 5), "websocket"))[0]["type"] == "websocket.close"
-    assert ask(Door(inside), {"type": "lifespan"}) == [{"type": "let in"}]
+    for peer in (("192.0.2.7", 5), HERE[0]):
+        assert ask(Door(inside, WORD), http("/v1/control/x", peer, "websocket"))[0]["type"] == "websocket.close"
+    assert ask(Door(inside, WORD), {"type": "lifespan"}) == [{"type": "let in"}]

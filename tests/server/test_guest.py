@@ -279,7 +279,7 @@ def test_what_the_server_is_given(tmp_path: Path, keys: CoordinatorKeys, job_fil
     where = keys.address
     given = checked_guest(str(job_file), tmp_path / "srv", where, keys=keys.folder)
     assert (given.here, given.ca) == (where, keys.folder / "ca.pem")
-    assert "--secret" not in given.foreign.serverapp(tmp_path / "config")
+    assert "--secret" not in given.serverapp(tmp_path / "config")
     secret = tmp_path / "secret"
     secret.touch(0o644)
     for wrong, words in (
@@ -395,7 +395,7 @@ def guest(tmp_path: Path, keys: CoordinatorKeys, job_file: Path, monkeypatch: py
 
 
 def follow(guest: Guest) -> None:
-    guest._follow(9, Progress(Path("no metrics"), Quiet()))
+    guest._playing.follow(9, Progress(Path("no metrics"), Quiet()), guest.look)
 
 
 def test_how_the_run_ended_is_what_our_own_process_says(guest: Callable[..., Guest]) -> None:

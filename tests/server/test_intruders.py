@@ -20,7 +20,7 @@ from fedtune.processes import Processes, free_port, tail
 from fedtune.security.certificates import Issued, make_authority, make_server_certificate
 from fedtune.security.coordinator_keys import CoordinatorKeys
 from fedtune.security.handover import make_bundle
-from fedtune.security.keyfiles import load_tls_key, save_pem, write_public
+from fedtune.security.keyfiles import load_tls_key, make_folder, save_pem, write_private, write_public
 from server.enrolment import Enrolment
 from server.flower_control import Control
 from server.settings import checked_keys
@@ -30,7 +30,8 @@ pytestmark = pytest.mark.slow
 
 HOST = "127.0.0.1"
 REASON = why_not()
-UNSIGNED = "it is not signed"
+SECRET = b"known to this server alone"
+UNSIGNED = "it is not signed: the run was not started by `fedtune server` with the keys of this coordinator"
 FAREWELL = 20.0  # seconds for a client to end its own processes
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
@@ -52,6 +53,15 @@ class Server:
     def log(self) -> str:
         return tail(self._processes.log("superlink"), 100_000)
 
+    @contextlib.contextmanager
+    def executing(self) -> Iterator[None]:
+        """Flower's own executor, which takes the tasks of all runs, and has our secret."""
+        where = ["--runtime-api-address", self.keys.address, "--root-certificates", str(self.keys.tls()[0])]
+        secret = ["--superexec-auth-secret-file", str(self.folder / "secret")]
+        with Processes(self.folder / "executor", self.environment) as processes:
+            processes.start("superexec", ["flower-superexec", "--plugin-type", "serverapp", *where, *secret])
+            yield
+
     @property
     def environment(self) -> dict[str, str]:
         return self._processes.environment
@@ -63,8 +73,11 @@ def superlink(folder: Path, keys: CoordinatorKeys, host: str, on: Sequence[str] 
     ca, certificate, key = map(str, keys.tls())
     port = keys.address.rpartition(":")[2]
     tls = ["--ssl-ca-certfile", ca, "--ssl-certfile", certificate, "--ssl-keyfile", key, "--enable-supernode-auth"]
+    make_folder(folder)
+    write_private(folder / "secret", SECRET)
+    tls += ["--isolation", "process", "--superexec-auth-secret-file", str(folder / "secret")]
     command = [sys.executable, "-m", "server.superlink", "--host", host, "--port", port, *tls]
-    with Processes(folder, ENVIRONMENT) as processes, Control(keys.address, Path(ca)) as control:
+    with Processes(folder, ENVIRONMENT) as processes, Control(keys.address, Path(ca), SECRET) as control:
         processes.start("superlink", [*on, *command])
         server = Server(folder, keys, processes, control)
         server.until(lambda: "Uvicorn running" in server.log(), "the SuperLink")
@@ -249,7 +262,7 @@ def intruder(folder: Path) -> tuple[Path, Path]:
 
 @pytest.mark.skipif(bool(REASON), reason=REASON)
 def test_a_run_that_is_submitted_from_another_machine(folder: Path) -> None:
-    """The certificate is right, the port is open; that the same is let in on the server itself, the next test shows."""
+    """The certificate is right, the port is open; that the same is let in with the secret, the test after the next shows."""
     app, trace = intruder(folder)
     with Hosts(["elsewhere"]) as hosts:
         keys = CoordinatorKeys.init(folder / "keys", [], f"{hosts.address}:8000")
@@ -262,7 +275,18 @@ def test_a_run_that_is_submitted_from_another_machine(folder: Path) -> None:
     assert not trace.exists()
 
 
-def test_a_run_of_somebody_who_reached_the_superlink(server: Server, folder: Path) -> None:
+def test_a_run_that_is_submitted_from_the_server_s_own_machine(server: Server, folder: Path) -> None:
+    """By another user, or by a stranger whom a forwarder makes local."""
+    app, trace = intruder(folder)
+    words = [sys.executable, "-c", SUBMITS, server.keys.address, str(server.keys.tls()[0]), str(app)]
+    with server.executing():
+        answer = subprocess.run(words, env=server.environment, capture_output=True, text=True, check=True).stdout
+    assert "refused: this is for processes of `fedtune server` alone" in answer
+    assert server.control.unfinished() == []
+    assert not trace.exists()
+
+
+def test_a_run_of_somebody_who_has_the_server_s_secret(server: Server, folder: Path) -> None:
     """Its asks come to a real node, and the trainer answers none; its code comes too, and the node does not run it."""
     app, trace = intruder(folder)
     bundle, said = make_bundle(server.keys, "north"), folder / "said.json"
@@ -270,12 +294,13 @@ def test_a_run_of_somebody_who_reached_the_superlink(server: Server, folder: Pat
     with client(folder / "north", bundle) as north:
         north.until_connected()
         run = server.control.submit(app, {"said": str(said)})
-        server.until(lambda: server.control.status(run)[0].startswith("finished"), "the intruder's run to end")
+        with server.executing():
+            server.until(lambda: server.control.status(run)[0].startswith("finished"), "the intruder's run to end")
         assert server.control.status(run) == ("finished:completed", "")
         assert [header["failed"] for header in json.loads(said.read_text())] == [f"refused an ask: {UNSIGNED}"] * 2
         north.until(lambda: "train not answered" in north.said(), "the operator to be told")
         for kind in ("run evil: hello", "run evil, round 1: train"):
             assert f"{kind} not answered: refused an ask: {UNSIGNED}" in north.said()
         assert north.log("trainer").count(f"refused an ask: {UNSIGNED}") == 2
-    assert trace.read_text().split() == ["flwr-serverapp"]  # on the server alone, which is why its door is closed
+    assert trace.read_text().split() == ["flwr-serverapp"]  # of that executor; the SuperLink itself has started none
     assert not (north.folder / "heard.json").exists()  # nothing was taken up

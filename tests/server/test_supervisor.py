@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from fedtune.security.addresses import Address
 from fedtune.security.coordinator_keys import CoordinatorKeys
 from fedtune.security.handover import make_bundle
 from fedtune.tending import Tending
-from server import supervisor
+from server import playing, supervisor
 from server.flower_control import Node, NoSuperLink
 from server.records import RoundRecord
 from server.said import Said
@@ -37,15 +36,21 @@ class Played:
     def __init__(self, folder: Path, script: Callable[[Played], str]) -> None:
         self.folder, self.script = folder, script
         self.up, self.started, self.stopped, self.code = False, 0, list[int](), 0
-        self.run_log = folder / "logs" / "run.log"
-        self.run_log.parent.mkdir(parents=True)
+        (folder / "logs").mkdir(parents=True)
         self.left: list[int] = []
+        self.commands = dict[str, list[str]]()
+        self.over = ""  # the run's status, once it is over
 
     # as Processes
     def start(self, name: str, command: list[str]) -> None:
-        self.up, self.started = True, self.started + 1
+        self.commands[name] = command
+        if name == "superlink":
+            self.up, self.started = True, self.started + 1
 
     def ended(self, name: str) -> int | None:
+        """The ServerApp ends with its run."""
+        if name == "serverapp":
+            return None if not self.over else int(self.over != "finished:completed")
         return None if self.up else self.code
 
     def pids(self) -> dict[str, int]:
@@ -76,6 +81,9 @@ class Played:
         if not self.up:
             raise NoSuperLink("gone")
         status, _, details = self.script(self).partition("; ")
+        if status.startswith("finished"):
+            self.over = status
+            self.log("serverapp").write_text(f"first\n{details}\n")
         return status, details
 
 
@@ -83,14 +91,12 @@ class Played:
 def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Played, str, State]]:
     """serve(script): the server's life; what was played, what it printed, and what it said last of itself."""
 
-    def submit(control: Played, job: object, run: Path, *rest: object) -> int:
-        run.mkdir(parents=True)
+    def submit(control: Played, folder: Path, clientapp: str) -> int:
+        (folder / "runs" / "run").mkdir(parents=True)
         return 9
 
-    monkeypatch.setattr(supervisor, "submit", submit)
-    monkeypatch.setattr(supervisor, "keep_log", lambda *given: threading.Thread(target=int))
+    monkeypatch.setattr(playing, "submit_bare", submit)
     monkeypatch.setattr(supervisor, "TensorBoard", Events)
-    monkeypatch.setattr(threading.Thread, "join", lambda *given: None)
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(supervisor, "Tending", lambda processes: Tending(processes, clock=lambda: now[0]))
@@ -149,8 +155,16 @@ def test_from_the_first_client_to_the_last_round(serve: Callable[..., tuple[Play
     assert played.stopped == []
 
 
-def test_a_run_that_failed_ends_with_flower_s_reason(serve: Callable[..., tuple[Played, str, State]], tmp_path: Path) -> None:
-    with pytest.raises(RoundFailed, match="ended as finished:failed: round 1: nobody answered"):
+def test_the_serverapp_is_told_here_and_its_command_line_has_no_secret(serve: Callable[..., tuple[Played, str, State]]) -> None:
+    command = serve(lambda played: "finished:completed")[0].commands["serverapp"]
+    given = dict(zip(command[3::2], command[4::2], strict=True))
+    assert given.keys() == {"--superlink", "--config", "--secret"}
+    config = json.loads(Path(given["--config"]).read_text())
+    assert (config["run"], config["keys"]) == (9, "")
+
+
+def test_a_run_that_failed_ends_with_its_last_words(serve: Callable[..., tuple[Played, str, State]], tmp_path: Path) -> None:
+    with pytest.raises(RoundFailed, match=r"exit code 1; its last words in .*serverapp.log: round 1: nobody answered"):
         serve(lambda played: "finished:failed; round 1: nobody answered")
     assert (State.read(tmp_path).phase, "nobody answered" in State.read(tmp_path).why) == ("failed", True)
 
@@ -265,6 +279,10 @@ def test_what_the_superlink_is_started_with(
     command = secure.superlink()
     assert {"--enable-supernode-auth", "--ssl-certfile", str(keys / "server.key")} <= set(command)
     assert "--insecure" not in command
+    secret = str(tmp_path / "srv" / "server.secret")
+    assert command[command.index("--superexec-auth-secret-file") + 1] == secret
+    assert command[command.index("--isolation") + 1] == "process"
+    assert {"--ca", str(keys / "ca.pem"), "--secret", secret} <= set(secure.serverapp(tmp_path / "config"))
     assert (secure.here, secure.registered()) == ("127.0.0.1:8000", {"north": False})
     for given in ({"host": "127.0.0.1", "insecure": True}, {"host": "0.0.0.0", "anywhere": True}):
         open_ = checked(str(job_file), tmp_path / "srv", port=8000, **given)

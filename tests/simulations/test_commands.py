@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedtune import __version__
+from fedtune.errors import RoundFailed
 from fedtune.paths import app_root
 from fedtune.peft_folder import read_adapter
 from strategies.fedavg import FedAvg
@@ -39,6 +40,20 @@ def fedtune(run_command: Callable[..., tuple[int, str, str]]) -> Callable[..., s
 
 def test_the_version(fedtune: Callable[..., str]) -> None:
     assert fedtune("--version") == f"fedtune {__version__}\n"
+
+
+def test_an_error_with_words_of_strangers_is_one_line_without_control_characters(
+    run_command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*given: object, **more: object) -> None:
+        raise RoundFailed("north says: \x1b[2J\x9b1A\rdone\n\u202e" + "x" * 5000)
+
+    monkeypatch.setattr("fedtune.paths.job_file", failing)
+    monkeypatch.setattr("simulations.commands.job_file", failing)
+    code, _, said = run_command("simulate", "demo")
+    assert (code, said.count("\n"), len(said)) == (1, 1, len("fedtune: ") + 2000 + 1)
+    assert said.startswith("fedtune: north says: ?[2J?1A done ?xxx")
+    assert said.rstrip("\n").isprintable()
 
 
 def test_the_strategies_and_their_settings(fedtune: Callable[..., str]) -> None:

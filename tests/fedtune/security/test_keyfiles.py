@@ -157,3 +157,34 @@ def test_a_table_without_the_wanted_text_is_refused(tmp_path: Path, text: str, w
     (tmp_path / "a.toml").write_text(text)
     with pytest.raises(KeysError, match=why):
         keyfiles.read_table(tmp_path / "a.toml", ["name"])
+
+
+@pytest.mark.parametrize("bits", [0o770, 0o707, 0o720, 0o702])
+def test_a_folder_that_others_could_write_to_is_not_taken(tmp_path: Path, bits: int) -> None:
+    (folder := tmp_path / "there").mkdir()
+    folder.chmod(bits)
+    with pytest.raises(KeysError, match=f"open to others .mode 0{bits:o}.*chmod 700 {folder}"):
+        keyfiles.make_folder(folder)
+    folder.chmod(0o755)
+    keyfiles.make_folder(folder)
+    with pytest.raises(KeysError, match="mode 0755"):
+        keyfiles.require_ours(folder, keyfiles.OTHERS)
+
+
+def test_a_folder_of_somebody_else_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    owner = tmp_path.stat().st_uid
+    if owner == 0:  # who could change it anyway
+        keyfiles.make_folder(tmp_path)
+        os.chown(tmp_path, 4711, -1)
+        owner = 4711
+    with pytest.raises(KeysError, match=f"belongs to another user .number {owner}."):
+        keyfiles.make_folder(tmp_path)
+
+
+def test_for_its_owner_alone_is_all_that_is_made_meanwhile(tmp_path: Path, open_umask: None) -> None:
+    with keyfiles.for_owner_alone():
+        (tmp_path / "file").write_text("")
+        (tmp_path / "folder").mkdir()
+    (tmp_path / "after").mkdir()
+    assert [mode(tmp_path / name) for name in ("file", "folder", "after")] == [0o600, 0o700, 0o777]

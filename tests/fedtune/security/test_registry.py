@@ -52,6 +52,19 @@ def test_no_two_clients_share_a_key(registry: Registry, key: str) -> None:
     assert list(registry.clients()) == ["north"]
 
 
+@pytest.mark.parametrize("key", ["node", "verify"])
+def test_a_revoked_client_does_not_come_back_with_a_key_that_was_revoked(registry: Registry, key: str) -> None:
+    registry.add(record("north"))
+    north = registry.revoke("north")
+    for name in ("north", "south"):
+        stolen = replace(record(name), **{key: getattr(north, key)})
+        with pytest.raises(KeysError, match=f"the keys of {name} are those of north, revoked since .*; make new ones"):
+            registry.add(stolen, replace=True)
+    assert registry.client("north").revoked
+    registry.add(record("north"), replace=True)
+    assert not registry.client("north").revoked
+
+
 def test_a_comment_hides_no_key_that_is_there_already(registry: Registry) -> None:
     north = record("north")
     registry.add(north)
