@@ -50,12 +50,13 @@ def client(
     """Take part in a coordinator's jobs with the data of this machine, until stopped."""
     from client.settings import checked
     from client.supervisor import serve
+    from fedtune.security.keyfiles import for_owner_alone
 
     trainer = {"data": data, "model": model, "policy": policy, "relay_user": relay_user, "layers": layers, "memory": memory}
     part = only.value if only else None
     options = {**trainer, "seconds": seconds, "budget": budget}
     given = checked(folder, bundle, server, name, part, socket, insecure, insecure_anywhere, **options)
-    with until_stopped() as stop:
+    with until_stopped() as stop, for_owner_alone():
         serve(given, say, stop.event)
     say("stopped")
     if stop.number == signal.SIGINT:

@@ -20,7 +20,7 @@ from client.told import ANSWERS, LINK, Follow
 from fedtune.daemon import State
 from fedtune.errors import UserError
 from fedtune.processes import Processes, end, free_port, started_in, tail
-from fedtune.security.keyfiles import write_private
+from fedtune.security.keyfiles import make_folder, write_private
 from fedtune.tending import Tending
 
 LOOK = 0.5  # seconds
@@ -31,6 +31,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}  # the trainer has no network: a library that 
 def serve(settings: Settings, say: Say, stop: threading.Event) -> None:
     """Until `stop` is set. Raises UserError where one of the processes says that the user has to mend something."""
     handed = Handed(settings)
+    make_folder(settings.folder)
     said = Said(settings.folder, State("client", name=settings.name, address=server_of(settings, handed.bundle)), say)
     last = {"phase": "failed", "why": ""}
     try:

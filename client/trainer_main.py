@@ -24,6 +24,7 @@ log = logging.getLogger("fedtune.trainer")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    os.umask(0o077)  # what it keeps tells of its data
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     given = parser().parse_args(arguments)
     tell_guards(raise_guards(other_users=given.relay_user is not None), given.dir)

@@ -62,5 +62,16 @@ class State:
             raise UserError(
                 f"nothing of fedtune runs in {folder}; wanted the --dir of a `fedtune server` or `fedtune client`"
             ) from error
+        except PermissionError as error:
+            raise closed(folder) from error
         except (ValueError, TypeError, OSError) as error:
             raise UserError(f"{folder / 'state.json'} cannot be read: {error}") from error
+
+
+def closed(folder: Path) -> UserError:
+    """What to say to another user than the one that runs it."""
+    try:
+        owner = f"of {folder.owner()}, for that user"
+    except (OSError, KeyError):  # a folder above is closed too; a user without a name
+        owner = "of another user, for its owner"
+    return UserError(f"{folder} may not be read: it is {owner} alone; type the same as that user (sudo -u NAME fedtune …)")

@@ -46,6 +46,7 @@ def server(
     """Run a job with clients on other machines: wait for them, show the rounds, end with the run."""
     from rich.console import Console
 
+    from fedtune.security.keyfiles import for_owner_alone
     from server.guest import Guest
     from server.settings import checked, checked_guest
     from server.signals import stoppable
@@ -57,7 +58,7 @@ def server(
     else:
         given = checked(job, folder, host, port, keys, out, set_ or [], insecure, insecure_anywhere, wait)
     try:
-        with stoppable():
+        with stoppable(), for_owner_alone():
             serve(given, Console(), Guest if given.foreign else Server)
     except KeyboardInterrupt as stopped:
         kept = f"finished rounds are in {given.run}, " if given.run.is_dir() else "no round was finished, "

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from fedtune.daemon import closed
 from fedtune.errors import UserError, nearest
 from fedtune.processes import tail
 
@@ -19,7 +20,12 @@ CONTROL = re.compile(
 
 def logs_in(folder: Path, process: str | None) -> dict[str, Path]:
     """Process -> its log; of one alone where it is named."""
-    found = {file.stem: file for file in sorted((folder / "logs").glob("*.log"))}
+    try:
+        found = {file.stem: file for file in sorted((folder / "logs").iterdir()) if file.suffix == ".log"}
+    except PermissionError as error:
+        raise closed(folder) from error
+    except OSError:
+        found = {}
     if not found:
         raise UserError(f"{folder} holds no logs; wanted the --dir of a `fedtune server` or `fedtune client`")
     if process is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -127,7 +128,7 @@ def checked_run(job: str, folder: Path, out: Path | None, overrides: Sequence[st
 
 
 def require_nobody(folder: Path) -> None:
-    if (folder / "state.json").is_file() and (state := State.read(folder)).alive:
+    if os.path.lexists(folder / "state.json") and (state := State.read(folder)).alive:
         raise UserError(
             f"a fedtune {state.role} runs in {folder} already (pid {state.pid}); `fedtune stop --dir {folder}` ends it"
         )

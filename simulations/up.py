@@ -37,13 +37,14 @@ def up(
     folder: Annotated[Path | None, typer.Option("--dir", help="Keep keys, logs and databases here.")] = None,
 ) -> None:
     """Deploy a job on this machine: make keys, start a server and clients over TLS, run, clean up."""
+    from fedtune.security.keyfiles import for_owner_alone
     from server.commands import say_where
     from server.signals import stoppable
 
     run = (out or Path("runs") / "up").absolute()
     overrides = ["compare=false", f"clients.count={clients}", *(set_ or [])]
     try:
-        with stoppable(), _kept(folder) as place:
+        with stoppable(), for_owner_alone(), _kept(folder) as place:
             deploy(job, clients, place, run, overrides)
     except KeyboardInterrupt as stopped:
         typer.echo("fedtune: stopped; everything was ended", err=True)

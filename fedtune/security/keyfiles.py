@@ -46,12 +46,10 @@ UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm)
 
 def make_folder(folder: Path) -> None:
     """For its owner alone, and so are the folders that are made above it. One that is there must be ours."""
-    if folder.exists():
-        require_ours(folder)
-        return
     try:
         for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
             missing.mkdir(mode=0o700)
+        require_ours(folder)
     except OSError as error:
         raise KeysError(f"{folder} cannot be made: {error.strerror}") from error
 

@@ -12,15 +12,20 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+from flwr.proto.node_pb2 import NodeInfo
 from rich.console import Console
 
-from fedtune.errors import JobError, RoundFailed
+from fedtune.envelope import Envelope
+from fedtune.errors import JobError, Refused, RoundFailed
 from fedtune.job import Job, checked_job
 from fedtune.processes import Processes, free_port, started_in
 from fedtune.security.coordinator_keys import CoordinatorKeys
-from fedtune.security.handover import make_bundle
-from server.app import job_of, wait_for_clients
+from fedtune.security.handover import Bundle, make_bundle
+from fedtune.security.sealing import sealed
+from fedtune.security.signing import ANSWER, ASK, Stamp, signed, verified
+from server.app import job_of, post_of, wait_for_clients
 from server.bundle import make_bundle as make_fab
+from server.post import Post
 from server.records import RoundRecord
 from server.report_folder import read_run
 from server.run_folder import without_none
@@ -46,6 +51,34 @@ def small_job(**changes: object) -> Job:
         "machine": {"threads": 1},
     }
     return checked_job(given | changes, "this test")
+
+
+def said_by(post: Post, bundle: Path, node: int) -> Envelope:
+    """What that client's trainer answers to a hello at that node, as the coordinator takes it."""
+    keys = Bundle.load(bundle, "trainer")
+    _, asked = verified(post.out(node, Envelope({"ask": "hello"})), keys.verify, ASK)
+    stamp = Stamp(asked.run, asked.serial, keys.name, asked.seal)
+    message = signed(Envelope({"client": keys.name, "ask": "hello"}), stamp, keys.signing, ANSWER)
+    return post.back(node, sealed(message, stamp, keys.seal))
+
+
+def test_who_was_revoked_before_the_run_is_not_among_those_who_are_heard(tmp_path: Path) -> None:
+    keys = CoordinatorKeys.init(tmp_path / "keys", [], "localhost:8000")
+    bundles = {name: make_bundle(keys, name) for name in ("north", "south")}
+    shown = [NodeInfo(node_id=n, public_key=keys.registry.client(name).node_pem()) for n, name in enumerate(bundles)]
+
+    class Grid(Nodes):
+        def get_nodes(self) -> list[NodeInfo]:
+            return shown
+
+    before = post_of(small_job(), str(keys.folder), 7, Grid(2))
+    assert [said_by(before, bundle, node).header["client"] for node, bundle in enumerate(bundles.values())] == list(bundles)
+    keys.registry.revoke("south")
+    post = post_of(small_job(), str(keys.folder), 7, Grid(2))
+    assert set(post._clients) == {"north"}
+    assert said_by(post, bundles["north"], 0).header["client"] == "north"
+    with pytest.raises(Refused, match=r"south.*revoked"):
+        said_by(post, bundles["south"], 1)
 
 
 class Nodes:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -124,6 +125,47 @@ def test_logs_of_all_and_of_one(folder: Path) -> None:
         say("logs", "--dir", folder / "runs")
 
 
+@pytest.fixture
+def somebody_else(folder: Path) -> Iterator[None]:
+    """Who may not enter the folder."""
+    folder.chmod(0o700 if os.geteuid() == 0 else 0)
+    before = os.geteuid()
+    os.seteuid(65534 if before == 0 else before)
+    yield
+    os.seteuid(before)
+    folder.chmod(0o700)
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "stop"])
+def test_another_user_is_told_that_he_may_not_read(folder: Path, somebody_else: None, command: str) -> None:
+    with pytest.raises(UserError, match=r"may not be read: it is of .*, for .* alone; type the same as that user \(sudo -u"):
+        say(command, "--dir", folder)
+
+
+@pytest.mark.parametrize("command", ["server", "client", "up"])
+def test_what_a_long_lived_command_leaves_is_for_its_owner(
+    command: str, run_command: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(*given: object, **more: object) -> None:
+        (tmp_path / "made").mkdir()
+        (tmp_path / "made" / "file").touch()
+
+    for name in ("server.supervisor.serve", "client.supervisor.serve", "simulations.up.deploy"):
+        monkeypatch.setattr(name, made)
+    monkeypatch.setattr("server.commands.say_where", lambda run: None)
+    monkeypatch.setattr("server.settings.require_port", lambda *given: None)
+    own = {"server": ["demo", "--insecure", "--host", "127.0.0.1"], "client": ["--insecure", "--name", "a"], "up": []}
+    own["client"] += ["--server", "127.0.0.1:8000"]
+    before = os.umask(0)
+    try:
+        assert run_command(command, *own[command], "--dir", tmp_path / "dir")[0] == 0
+        assert open_to_others(tmp_path / "made") == []
+        assert stat.S_IMODE((tmp_path / "made").stat().st_mode) == 0o700
+        assert os.umask(0) == 0  # put back
+    finally:
+        os.umask(before)
+
+
 def test_last_lines_of_a_large_log_are_whole(tmp_path: Path) -> None:
     log = tmp_path / "x.log"
     log.write_text("".join(f"{number:0100d}\n" for number in range(1000)))
@@ -235,6 +277,11 @@ class Deployment:
         return State.read(self.folder)
 
 
+def open_to_others(folder: Path) -> list[str]:
+    """What they reach in it, where they may enter it. The umask of most closes nothing."""
+    return sorted(path.name for path in folder.iterdir() if not path.is_symlink() and path.stat().st_mode & 0o077)
+
+
 @pytest.fixture
 def deployment() -> Iterator[Deployment]:
     with tempfile.TemporaryDirectory(prefix="ft") as folder:
@@ -264,6 +311,7 @@ def test_a_server_is_stopped_while_it_waits_and_then_runs_its_job_to_the_end(dep
     given = json.loads(say("status", "--dir", folder, "--json")[1])
     assert (given["phase"], given["run"]["round"], given["clients"]) == ("finished", 1, dict.fromkeys(CLIENTS, "connected"))
     assert given["run"]["loss"] > 0
+    assert open_to_others(folder) == []
     assert re.search(r"^serverapp: .* run \d+ is played here$", say("logs", "--dir", folder)[1], re.MULTILINE)
     assert (folder / "runs" / "demo" / "adapter" / "adapter_model.safetensors").is_file()
     while (code := deployment.nodes.ended("server")) is None:
