@@ -72,7 +72,16 @@ def checked(
     options = _trainer_options(trainer) if part != "network" else {}
     _require_free(folder)
     where = checked_socket(socket or folder / "trainer.sock")
+    _require_reachable(options.get("relay-user"), where, folder)
     return Settings(folder, part, client_name(name), str(address(server)) if server else "", bundle, where, options)
+
+
+def _require_reachable(relay_user: str | None, socket: Path, folder: Path) -> None:
+    if relay_user and socket.parent == folder:
+        raise UserError(
+            f"--relay-user {relay_user} was given, and {folder} is closed to all other users; wanted --socket with a path in "
+            "a folder that both can enter"
+        )
 
 
 def _require_alone(name: str, bundle_s: str, insecure: bool) -> None:

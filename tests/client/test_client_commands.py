@@ -81,6 +81,15 @@ def test_the_trainer_half_has_no_address_to_be_insecure_about(tmp_path: Path) ->
     assert checked(tmp_path, name="a", insecure=True, only="trainer").server == ""
 
 
+@pytest.mark.parametrize("socket", [None, "dir/t.sock"])
+def test_a_socket_for_another_user_lies_where_he_can_reach_it(
+    insecure: Callable[..., Settings], tmp_path: Path, socket: str
+) -> None:
+    with pytest.raises(UserError, match=r"--relay-user net .* is closed to all other users"):
+        insecure(relay_user="net", socket=socket and tmp_path / socket)
+    assert insecure(relay_user="net", socket=tmp_path / "t.sock").socket == tmp_path / "t.sock"
+
+
 def test_another_name_than_the_bundle_s_is_a_mistake(tmp_path: Path, north: Path) -> None:
     with pytest.raises(UserError, match="the bundle is of 'north'"):
         checked(tmp_path, north, name="south")
@@ -126,7 +135,8 @@ def test_a_folder_in_which_one_runs_is_taken(insecure: Callable[..., Settings], 
 
 def test_a_whole_client_is_three_processes_and_only_the_trainer_knows_data_and_model(tmp_path: Path, north: Path) -> None:
     (tmp_path / "my.jsonl").write_text("{}")
-    given = checked(tmp_path / "d", north, data=str(tmp_path / "my.jsonl"), model=str(tmp_path), memory="2GB", relay_user="net")
+    own = {"data": str(tmp_path / "my.jsonl"), "model": str(tmp_path), "memory": "2GB", "relay_user": "net"}
+    given = checked(tmp_path / "d", north, socket=tmp_path / "t.sock", **own)
     planned = processes(given, given.handed(), port=4321)
     assert list(planned) == ["trainer", "supernode", "relay"]
 
