@@ -12,6 +12,7 @@ from typing import Literal
 from client.transport import checked as checked_socket
 from fedtune.daemon import State
 from fedtune.errors import DataError, KeysError, ModelError, UserError
+from fedtune.folders import require_folder
 from fedtune.security.addresses import address, client_name
 from fedtune.security.handover import Bundle, Part
 
@@ -71,6 +72,7 @@ def checked(
         )
     options = _trainer_options(trainer) if part != "network" else {}
     _require_free(folder)
+    require_folder(folder)
     where = checked_socket(socket or folder / "trainer.sock")
     _require_reachable(options.get("relay-user"), where, folder)
     return Settings(folder, part, client_name(name), str(address(server)) if server else "", bundle, where, options)
@@ -152,6 +154,8 @@ def _require_free(folder: Path) -> None:
         state = State.read(folder)
     except UserError:
         return  # nothing was started there, or what stands there cannot be read and is replaced
+    if state.role != "client":
+        raise UserError(f"{folder} is the folder of a fedtune {state.role}; give this client another --dir")
     if state.alive:
         raise UserError(
             f"a {state.role} already runs in {folder} (pid {state.pid}); stop it with `fedtune stop --dir {folder}`, or give "

@@ -1,4 +1,4 @@
-"""Folders that are written whole."""
+"""Folders that are written whole, and folders that must be usable before anything begins."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from fedtune.errors import KeysError, UserError
+from fedtune.security.keyfiles import make_folder
 
 
 @contextmanager
@@ -23,3 +26,15 @@ def replaced(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def require_folder(folder: Path) -> None:
+    """Makes it, for its owner alone, where there is none. Raises UserError where nothing could be written into it."""
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise UserError(f"--dir {folder} is no folder; wanted one, or a path where nothing is yet")
+    try:
+        make_folder(folder)
+    except KeysError as error:
+        raise UserError(f"{error}; or name another folder with --dir") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--dir {folder} cannot be written; name another, or make it yours: sudo chown -R $USER {folder}")

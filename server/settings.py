@@ -6,19 +6,22 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from fedtune.daemon import State
-from fedtune.errors import KeysError, UserError
+from fedtune.errors import KeysError, ModelError, UserError
+from fedtune.folders import require_folder
 from fedtune.job import Job, load_job
 from fedtune.paths import job_file
 from fedtune.security.addresses import Address, address
 from fedtune.security.certificates import certificate_problem
 from fedtune.security.coordinator_keys import CoordinatorKeys
 from server.foreign import Foreign, checked_foreign
-from server.run_folder import require_free
+from server.run_folder import require_free, writing
 
 SECRET = "server.secret"  # between a SuperLink of ours and this server's other processes, new at each start
 HERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # how the machine itself reaches what listens everywhere
@@ -96,6 +99,7 @@ def checked(
         require_loopback(host, anywhere)
     own = None if insecure or anywhere else checked_keys(keys or folder / "keys", HERE.get(host, host))
     require_port(host, port)
+    require_folder(folder)
     return Settings(checked_job, folder, run, Address(host, port), own, patience)
 
 
@@ -115,6 +119,7 @@ def checked_guest(
     checked_job, run = checked_run(job, folder, out, overrides)
     own = CoordinatorKeys.load((keys or folder / "keys").absolute())
     foreign = checked_foreign(superlink, ca or own.tls()[0], secret)
+    require_folder(folder)
     return Settings(checked_job, folder, run, foreign.at, own, patience, foreign)
 
 
@@ -124,14 +129,50 @@ def checked_run(job: str, folder: Path, out: Path | None, overrides: Sequence[st
     checked_job = load_job(job_file(job), overrides)
     run = (out or folder / "runs" / checked_job.name).absolute()
     require_free(run)
+    if out is not None:  # otherwise it lies in --dir
+        require_writable(run)
+    require_model(checked_job.model.path)
     return checked_job, run
 
 
+def require_writable(run: Path) -> None:
+    """Raises RunFolderError where the run could not be written; what is made to find out is taken away again."""
+    missing = [path for path in (run, *run.parents) if not os.path.lexists(path)]
+    try:
+        with writing(run):
+            run.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=run):
+                pass
+    finally:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def require_model(path: str) -> None:
+    """Raises ModelError for a folder without a model, before clients are waited for. A hub id is fetched later."""
+    folder = Path(path).expanduser()
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} holds no config.json; wanted in model.path a folder written by save_pretrained")
+    if not folder.exists() and (folder.is_absolute() or path.startswith(".")):
+        raise ModelError(
+            f"there is no model folder {path}; wanted in model.path a folder, a hub id (owner/name) or builtin:stdlib"
+        )
+
+
 def require_nobody(folder: Path) -> None:
-    if os.path.lexists(folder / "state.json") and (state := State.read(folder)).alive:
+    """The folder is new, or that of a server that has ended."""
+    if os.path.lexists(folder):
+        require_folder(folder)
+    if not os.path.lexists(folder / "state.json"):
+        return
+    state = State.read(folder)
+    if state.alive:
         raise UserError(
             f"a fedtune {state.role} runs in {folder} already (pid {state.pid}); `fedtune stop --dir {folder}` ends it"
         )
+    if state.role != "server":
+        raise UserError(f"{folder} is the folder of a fedtune {state.role}; give this server another --dir")
 
 
 def require_address(host: str) -> None:

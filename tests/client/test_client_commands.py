@@ -131,6 +131,9 @@ def test_a_folder_in_which_one_runs_is_taken(insecure: Callable[..., Settings], 
         insecure()
     State("client", pid=os.getpid(), started=psutil.Process().create_time(), phase="stopped").write(tmp_path / "dir")
     assert insecure().folder == tmp_path / "dir"
+    State("server", phase="stopped").write(tmp_path / "dir")
+    with pytest.raises(UserError, match="the folder of a fedtune server; give this client another --dir"):
+        insecure()
 
 
 def test_a_whole_client_is_three_processes_and_only_the_trainer_knows_data_and_model(tmp_path: Path, north: Path) -> None:
