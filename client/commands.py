@@ -6,18 +6,12 @@ Exit codes: 0 stopped with SIGTERM, 2 something that the user must mend, 130 sto
 from __future__ import annotations
 
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
-
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Half(StrEnum):
@@ -51,6 +45,7 @@ def client(
     from client.settings import checked
     from client.supervisor import serve
     from fedtune.security.keyfiles import for_owner_alone
+    from fedtune.signals import until_stopped
 
     trainer = {"data": data, "model": model, "policy": policy, "relay_user": relay_user, "layers": layers, "memory": memory}
     part = only.value if only else None
@@ -65,27 +60,3 @@ def client(
 
 def say(words: str) -> None:
     typer.echo(f"{time.strftime('%H:%M:%S')} {words}")
-
-
-class Stop:
-    """That somebody asked this process to end, and how."""
-
-    def __init__(self) -> None:
-        self.event, self.number = threading.Event(), 0
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        self.event.set()
-
-
-@contextmanager
-def until_stopped() -> Iterator[Stop]:
-    """Ctrl-C, SIGTERM and a closed terminal set the event; what goes on is finished, and nothing is left running."""
-    stop = Stop()
-    heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup wants it
-    before = {number: signal.signal(number, stop) for number in heard}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

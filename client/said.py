@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtune.daemon import State
+from fedtune.daemon import Said, State
 
 Say = Callable[[str], None]
 HELLO = "hello"
@@ -16,34 +16,29 @@ UNSAID = ("evaluate",)  # kinds of asks that are said only when they fail
 FIRM = 2.0  # seconds that a trouble lasts before it is said: while a connection is made there are short ones
 
 
-class Said:
-    def __init__(self, folder: Path, state: State, say: Say) -> None:
-        self._folder, self.state, self.say = folder, state, say
-        state.write(folder)
+class Told(Said):
+    """The state, and `tell` with a line for who looks on."""
 
-    def be(self, **changes: Any) -> None:
-        """Written where it differs."""
-        state = self.state.but(**changes)
-        if state != self.state:
-            self.state = state
-            state.write(self._folder)
+    def __init__(self, folder: Path, state: State, tell: Say) -> None:
+        super().__init__(folder, state)
+        self.tell = tell
 
     def answered(self, told: Mapping[str, Any]) -> None:
         """One line of the relay's."""
         kind, run, round_ = told.get("kind"), told.get("run"), told.get("round")
         if failed := told.get("failed"):
-            self.say(f"run {run}{'' if round_ is None else f', round {round_}'}: {kind} not answered: {failed}")
+            self.tell(f"run {run}{'' if round_ is None else f', round {round_}'}: {kind} not answered: {failed}")
         elif kind == HELLO:
-            self.say(f"run {run} of the coordinator begun")
+            self.tell(f"run {run} of the coordinator begun")
         elif kind not in UNSAID:
-            self.say(f"round {round_}: {kind} answered in {float(told.get('seconds', 0)):.1f} s")
-        self.be(run={"name": run, "round": round_ or 0})
+            self.tell(f"round {round_}: {kind} answered in {float(told.get('seconds', 0)):.1f} s")
+        self.say(run={"name": run, "round": round_ or 0})
 
     def guards(self) -> None:
         """As the trainer has written them."""
         try:
             found = json.loads((self._folder / "guards.json").read_text(encoding="utf-8"))
-            self.be(guards={guard["name"]: "on" if guard["on"] else guard["why"] for guard in found})
+            self.say(guards={guard["name"]: "on" if guard["on"] else guard["why"] for guard in found})
         except (OSError, ValueError, TypeError, KeyError):
             return  # not yet
 
@@ -51,14 +46,14 @@ class Said:
 class Line:
     """The connection as people hear of it: connected, lost and why, connected again. What is short is not said."""
 
-    def __init__(self, said: Said, clock: Callable[[], float] = time.monotonic) -> None:
-        self._said, self._clock = said, clock
+    def __init__(self, told: Told, clock: Callable[[], float] = time.monotonic) -> None:
+        self._to, self._clock = told, clock
         self._connected = self._ever = False  # as it was said
         self._why, self._since, self._told = "", clock(), ""
 
     def now(self, why: str | None, server: str) -> None:
         """`why` it is not connected; None where it is."""
-        self._said.be(phase="waiting" if why else "running", why=why or "", address=server)
+        self._to.say(phase="waiting" if why else "running", why=why or "", address=server)
         if why is None:
             self._well(server)
         else:
@@ -66,7 +61,7 @@ class Line:
 
     def _well(self, server: str) -> None:
         if not self._connected:
-            self._said.say(f"connected{' again' if self._ever else ''} to {server}")
+            self._to.tell(f"connected{' again' if self._ever else ''} to {server}")
         self._connected = self._ever = True
         self._why = self._told = ""
 
@@ -74,5 +69,5 @@ class Line:
         if why != self._why:
             self._why, self._since = why, self._clock()
         if why != self._told and self._clock() - self._since >= FIRM:
-            self._said.say(f"{'connection lost' if self._connected else 'not connected'}: {why}")
+            self._to.tell(f"{'connection lost' if self._connected else 'not connected'}: {why}")
             self._connected, self._told = False, why

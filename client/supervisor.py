@@ -5,7 +5,6 @@ It never ends by itself: a server that is not there yet, is started again or mov
 
 from __future__ import annotations
 
-import os
 import threading
 from secrets import token_bytes
 
@@ -14,12 +13,12 @@ import psutil
 from client.connection import Connection
 from client.halves import SECRET, Planned, processes, server_of
 from client.handed import Handed
-from client.said import Line, Said, Say
+from client.said import Line, Say, Told
 from client.settings import Settings
 from client.told import ANSWERS, LINK, Follow
 from fedtune.daemon import State
 from fedtune.errors import UserError
-from fedtune.processes import Processes, end, free_port, started_in, tail
+from fedtune.processes import Processes, end, free_port, past_proxies, started_in, tail
 from fedtune.security.keyfiles import make_folder, write_private
 from fedtune.tending import Tending
 
@@ -32,35 +31,21 @@ def serve(settings: Settings, say: Say, stop: threading.Event) -> None:
     """Until `stop` is set. Raises UserError where one of the processes says that the user has to mend something."""
     handed = Handed(settings)
     make_folder(settings.folder)
-    said = Said(settings.folder, State("client", name=settings.name, address=server_of(settings, handed.bundle)), say)
-    last = {"phase": "failed", "why": ""}
-    try:
+    told = Told(settings.folder, State("client", name=settings.name, address=server_of(settings, handed.bundle)), say)
+    with told.to_the_end(well="stopped"):
         end(started_in(settings.folder))  # what a client that was killed has left
-        with Processes(settings.folder, OFFLINE | direct(), logs=settings.folder / "logs") as started:
-            client = Client(settings, handed, started, said)
+        with Processes(settings.folder, OFFLINE | past_proxies(), logs=settings.folder / "logs") as started:
+            client = Client(settings, handed, started, told)
             while not stop.wait(LOOK):
                 client.step()
-        last = {"phase": "stopped", "why": ""}
-    except Exception as error:
-        last["why"] = " ".join(str(error).split())
-        raise
-    finally:
-        said.be(processes={name: {**about, "pid": None} for name, about in said.state.processes.items()}, **last)
-
-
-def direct() -> dict[str, str]:
-    """The relay finds the SuperNode on this machine, whatever proxy it has for the world outside."""
-    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    hosts = ",".join(dict.fromkeys([*filter(None, given.split(",")), "127.0.0.1"]))
-    return {"no_proxy": hosts, "NO_PROXY": hosts}
 
 
 class Client:
     """All its processes run when it is made; `step()` twice a second keeps them running."""
 
-    def __init__(self, settings: Settings, handed: Handed, started: Processes, said: Said) -> None:
-        self._settings, self._handed, self._started, self._said = settings, handed, started, said
-        self._tending, self._line = Tending(started), Line(said)
+    def __init__(self, settings: Settings, handed: Handed, started: Processes, told: Told) -> None:
+        self._settings, self._handed, self._started, self._told = settings, handed, started, told
+        self._tending, self._line = Tending(started), Line(told)
         self._running: dict[str, Planned] = {}
         self._answers = Follow(settings.folder / ANSWERS)
         self._port = free_port() if settings.network else 0
@@ -73,15 +58,15 @@ class Client:
         self._tend()
         if self._handed.changed():
             self._take_up()
-        for told in self._answers.new():
-            self._said.answered(told)
+        for answer in self._answers.new():
+            self._told.answered(answer)
         if self._settings.network:
             up = self._started.ended("supernode") is None
             self._line.now(self._connection.why(up), self._connection.server)
         else:
-            self._said.be(phase="running" if self._settings.socket.is_socket() else "starting")
-        self._said.guards()
-        self._said.be(processes=self._tending.as_json())
+            self._told.say(phase="running" if self._settings.socket.is_socket() else "starting")
+        self._told.guards()
+        self._told.say(processes=self._tending.as_json())
 
     def _begin(self) -> None:
         """Starts what does not run, or has read something of the bundle that is another now."""
@@ -90,7 +75,7 @@ class Client:
             if plan == self._running.get(name):
                 continue
             if name in self._running:
-                self._said.say(f"{name} is started again: the bundle has changed")
+                self._told.tell(f"{name} is started again: the bundle has changed")
                 self._end(name)
             self._tending.keep(name, plan.command)
             self._running[name] = plan
@@ -101,7 +86,7 @@ class Client:
 
     def _take_up(self) -> None:
         if self._handed.problem:
-            self._said.say(f"the bundle has changed, and the old one is used: {self._handed.problem}")
+            self._told.tell(f"the bundle has changed, and the old one is used: {self._handed.problem}")
         else:
             self._begin()
 
@@ -116,4 +101,4 @@ class Client:
             last = (tail(log, 500).strip().splitlines() or [""])[-1]
             if code == TO_MEND:
                 raise UserError(f"{name}: {last} (the log: {log})")
-            self._said.say(f"{name} ended with exit code {code}, and is started again: {last} (the log: {log})")
+            self._told.tell(f"{name} ended with exit code {code}, and is started again: {last} (the log: {log})")

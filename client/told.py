@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fedtune.growing import Growing
+
 LINK, ANSWERS = "link.json", "answers.jsonl"
 LONGEST = 500  # characters of a word
 LINE = 1 << 14  # bytes of one line, at most
@@ -82,28 +84,15 @@ class Follow:
     """
 
     def __init__(self, file: Path) -> None:
-        self._file = file
-        self._read = file.stat().st_size if file.exists() else 0
+        self._lines = Growing(file, file.stat().st_size if file.exists() else 0, LINE)
 
     def new(self) -> Iterator[dict[str, Any]]:
         try:
-            yield from self._lines()
-        except OSError:
-            return
-
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        if not self._file.is_file():
-            return
-        if self._file.stat().st_size < self._read:
-            self._read = 0  # it has begun anew
-        with self._file.open("rb") as file:
-            file.seek(self._read)
-            while line := file.readline(LINE):
-                if not line.endswith(b"\n") and len(line) < LINE:
-                    return  # still being written
-                self._read += len(line)
+            for line in self._lines.new():
                 if told := understood(line):
                     yield told
+        except OSError:
+            return
 
 
 def understood(line: bytes) -> dict[str, Any]:

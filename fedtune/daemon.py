@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -47,11 +48,16 @@ class State:
             return False
 
     def write(self, folder: Path) -> None:
-        """Atomic: who reads sees the old one or the new one."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Atomic: who reads sees the old one or the new one. Raises UserError where the disk will not have it."""
         temporary = folder / ".state.json.writing"
-        temporary.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-        os.replace(temporary, folder / "state.json")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+            os.replace(temporary, folder / "state.json")
+        except OSError as error:
+            raise UserError(
+                f"{folder / 'state.json'} cannot be written: {error.strerror}; free it, or name another --dir"
+            ) from error
 
     @classmethod
     def read(cls, folder: Path) -> State:
@@ -66,6 +72,37 @@ class State:
             raise closed(folder) from error
         except (ValueError, TypeError, OSError) as error:
             raise UserError(f"{folder / 'state.json'} cannot be read: {error}") from error
+
+
+class Said:
+    """The state in its folder while it lives: written whenever it changes."""
+
+    def __init__(self, folder: Path, state: State) -> None:
+        self._folder, self.state = folder, state
+        state.write(folder)
+
+    def say(self, **changes: Any) -> None:
+        state = self.state.but(**changes)
+        if state != self.state:
+            self.state = state
+            state.write(self._folder)
+
+    @contextmanager
+    def to_the_end(self, well: Phase = "finished") -> Iterator[None]:
+        """Around everything that is started: the last phase is said when all of it has ended."""
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            self._over(phase="stopped", why=str(stop) or "Ctrl-C")
+            raise
+        except BaseException as error:
+            self._over(phase="failed", why=" ".join(str(error).split()) or type(error).__name__)
+            raise
+        self._over(phase=well, why="")
+
+    def _over(self, **changes: Any) -> None:
+        nothing = {name: {**process, "pid": None} for name, process in self.state.processes.items()}
+        self.say(processes=nothing, **changes)
 
 
 def closed(folder: Path) -> UserError:

@@ -127,6 +127,13 @@ def flower_environment(folder: Path) -> dict[str, str]:
     }
 
 
+def past_proxies(*hosts: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What has this machine, and these hosts, reached directly, whatever proxy there is for the world outside."""
+    given = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    direct = ",".join(dict.fromkeys([*filter(None, given.split(",")), "127.0.0.1", "::1", "localhost", *hosts]))
+    return {"no_proxy": direct, "NO_PROXY": direct}
+
+
 def started_in(folder: Path) -> list[psutil.Process]:
     """Every process whose environment names this folder's Flower home: ours, and all that they have started."""
     home, found = str(folder / "home"), []

@@ -47,9 +47,9 @@ def server(
     from rich.console import Console
 
     from fedtune.security.keyfiles import for_owner_alone
+    from fedtune.signals import stoppable
     from server.guest import Guest
     from server.settings import checked, checked_guest
-    from server.signals import stoppable
     from server.supervisor import Server, serve
 
     if superlink:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedtune.errors import FedtuneError, RoundFailed
+from fedtune.growing import Growing
 from fedtune.job import Job
 from server.bundle import make_bundle
 from server.flower_control import COMPLETED, Control, NoSuperLink
@@ -84,18 +85,11 @@ class Progress:
     """Tells a watcher of each round as its line appears in `metrics.jsonl`."""
 
     def __init__(self, metrics: Path, watcher: Watcher) -> None:
-        self._metrics, self._watcher, self._read = metrics, watcher, 0
+        self._metrics, self._watcher = Growing(metrics), watcher
 
     def show(self) -> None:
-        if not self._metrics.exists():
-            return
-        with self._metrics.open("rb") as file:
-            file.seek(self._read)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return  # still being written
-                self._read += len(line)
-                self._watcher.round_ended(RoundRecord.from_json(json.loads(line)))
+        for line in self._metrics.new():
+            self._watcher.round_ended(RoundRecord.from_json(json.loads(line)))
 
 
 def keep_log(address: str, ca: Path | None, run: int, file: Path) -> threading.Thread:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from contextlib import suppress
 from secrets import token_bytes
 from typing import Any
 
 from rich.console import Console
 
-from fedtune.daemon import State
+from fedtune.daemon import Said, State
 from fedtune.errors import FedtuneError, RoundFailed
 from fedtune.job import Job
-from fedtune.processes import Processes, end, started_in
+from fedtune.processes import Processes, end, past_proxies, started_in
 from fedtune.security.keyfiles import make_folder, write_private
 from fedtune.tending import Tending
 from server.enrolment import Anybody, Enrolment, Standing
@@ -27,7 +27,6 @@ from server.following import Progress, as_seen_anywhere, ended
 from server.loglines import last_lines
 from server.playing import Playing
 from server.records import RoundRecord, Watcher
-from server.said import Said
 from server.settings import SECRET, Settings
 from server.table import LiveTable
 from server.tensorboard import TensorBoard
@@ -43,7 +42,7 @@ def serve(settings: Settings, console: Console, life: type[Server] | None = None
     wanted_of(settings.job, settings.registered())
     make_folder(settings.folder)
     if settings.foreign is None:
-        keep_off_proxies(os.environ, settings.listens.host)
+        os.environ.update(past_proxies(settings.listens.host))  # here too: what speaks to the SuperLink is in this process
         write_private(settings.folder / SECRET, token_bytes(32))
     secret = settings.secret.read_bytes() if settings.secret else b""
     said = Said(settings.folder, State(role="server", address=str(settings.listens)))
@@ -52,13 +51,6 @@ def serve(settings: Settings, console: Console, life: type[Server] | None = None
         processes = Processes(settings.folder, logs=settings.folder / "logs")
         with processes, Control(settings.here, settings.ca, secret) as control:
             (life or Server)(settings, processes, control, said, console).run()
-
-
-def keep_off_proxies(environment: MutableMapping[str, str], host: str) -> None:
-    """Flower's processes talk to the SuperLink on this machine, whatever proxy it has for the world outside."""
-    given = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
-    direct = ",".join(dict.fromkeys([*filter(None, given.split(",")), "127.0.0.1", "::1", "localhost", host]))
-    environment["no_proxy"] = environment["NO_PROXY"] = direct
 
 
 class Server:

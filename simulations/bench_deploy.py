@@ -24,7 +24,7 @@ from statistics import mean, median
 from rich.console import Console
 from rich.table import Table
 
-from server.signals import stoppable
+from fedtune.signals import stoppable
 from simulations.bench import row
 from simulations.bench_algebra import Ratio
 from simulations.bench_deploy_sides import Local, ours, stock, write_tokens

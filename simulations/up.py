@@ -38,8 +38,8 @@ def up(
 ) -> None:
     """Deploy a job on this machine: make keys, start a server and clients over TLS, run, clean up."""
     from fedtune.security.keyfiles import for_owner_alone
+    from fedtune.signals import stoppable
     from server.commands import say_where
-    from server.signals import stoppable
 
     run = (out or Path("runs") / "up").absolute()
     overrides = ["compare=false", f"clients.count={clients}", *(set_ or [])]

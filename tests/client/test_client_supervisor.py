@@ -14,9 +14,9 @@ import pytest
 
 from client.connection import ACTIVATE, STALE, Connection
 from client.handed import Handed
-from client.said import FIRM, Line, Said
+from client.said import FIRM, Line, Told
 from client.settings import Settings, checked
-from client.supervisor import Client, direct, serve
+from client.supervisor import Client, serve
 from client.told import ANSWERS, LINE, LINK, Answers, Follow, Link
 from fedtune.daemon import State
 from fedtune.errors import KeysError, UserError
@@ -119,12 +119,12 @@ def lines() -> list[str]:
 
 
 @pytest.fixture
-def said(tmp_path: Path, lines: list[str]) -> Said:
-    return Said(tmp_path, State("client"), lines.append)
+def said(tmp_path: Path, lines: list[str]) -> Told:
+    return Told(tmp_path, State("client"), lines.append)
 
 
 def test_the_line_tells_changes_and_leaves_out_what_is_short(
-    said: Said, lines: list[str], clock: Clock, tmp_path: Path
+    said: Told, lines: list[str], clock: Clock, tmp_path: Path
 ) -> None:
     line = Line(said, clock)
     seconds: Sequence[str | None] = (
@@ -144,12 +144,12 @@ def test_the_line_tells_changes_and_leaves_out_what_is_short(
     assert (said.state.phase, said.state.why, State.read(tmp_path).address) == ("running", "", "h:1")
 
 
-def test_the_reason_of_a_wait_is_in_the_state(said: Said, tmp_path: Path, clock: Clock) -> None:
+def test_the_reason_of_a_wait_is_in_the_state(said: Told, tmp_path: Path, clock: Clock) -> None:
     Line(said, clock).now("nothing listens", "h:1")
     assert (State.read(tmp_path).phase, State.read(tmp_path).why) == ("waiting", "nothing listens")
 
 
-def test_what_the_relay_tells_becomes_few_lines_and_the_state_s_round(said: Said, lines: list[str], tmp_path: Path) -> None:
+def test_what_the_relay_tells_becomes_few_lines_and_the_state_s_round(said: Told, lines: list[str], tmp_path: Path) -> None:
     relay = Answers(tmp_path / ANSWERS)
     follow = Follow(tmp_path / ANSWERS)
     relay.tell({"kind": "hello", "run": "demo", "job": {"large": 1}}, 2.0)
@@ -195,7 +195,7 @@ STRANGE = [
 
 
 def test_whatever_a_relay_that_was_taken_over_tells_the_supervisor_goes_on(
-    said: Said, lines: list[str], tmp_path: Path
+    said: Told, lines: list[str], tmp_path: Path
 ) -> None:
     follow = Follow(tmp_path / ANSWERS)
     (tmp_path / ANSWERS).write_bytes(b"".join(STRANGE))
@@ -296,7 +296,7 @@ def fake(tmp_path: Path) -> Fake:
 
 
 @pytest.fixture
-def client(settings: Settings, fake: Fake, said: Said) -> Client:
+def client(settings: Settings, fake: Fake, said: Told) -> Client:
     return Client(settings, Handed(settings), fake, said)  # type: ignore[arg-type]
 
 
@@ -319,7 +319,7 @@ def move(bundle: Path, server: str) -> None:
     file.write_text(re.sub(r'(?m)^server = ".*"$', f'server = "{server}"', file.read_text()))
 
 
-def test_a_server_that_moves_restarts_the_supernode_alone(client: Client, fake: Fake, bundle: Path, said: Said) -> None:
+def test_a_server_that_moves_restarts_the_supernode_alone(client: Client, fake: Fake, bundle: Path, said: Told) -> None:
     move(bundle, "127.0.0.1:10")
     client.step()
     assert [name for name, _ in fake.commands[3:]] == ["supernode"]
@@ -365,13 +365,7 @@ def test_the_secret_of_the_two_is_for_nobody_else(client: Client, tmp_path: Path
     assert (secret.stat().st_mode & 0o777, secret.stat().st_size) == (0o600, 32)
 
 
-def test_a_proxy_is_for_the_world_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NO_PROXY", raising=False)
-    monkeypatch.setenv("no_proxy", "example.org")
-    assert direct() == dict.fromkeys(("no_proxy", "NO_PROXY"), "example.org,127.0.0.1")
-
-
-def test_the_guards_of_the_trainer_come_into_the_state(said: Said, tmp_path: Path) -> None:
+def test_the_guards_of_the_trainer_come_into_the_state(said: Told, tmp_path: Path) -> None:
     said.guards()  # not yet there
     found = [{"name": "network", "on": True, "why": "gone"}, {"name": "core dumps", "on": False, "why": "not permitted"}]
     (tmp_path / "guards.json").write_text(json.dumps(found))

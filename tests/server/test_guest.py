@@ -20,7 +20,7 @@ from flwr.superlink.grid import HttpGrid
 from rich.console import Console
 from safetensors.torch import load_file
 
-from fedtune.daemon import State
+from fedtune.daemon import Said, State
 from fedtune.errors import KeysError, RoundFailed, UserError
 from fedtune.job import checked_job
 from fedtune.processes import Processes, free_port, started_in
@@ -34,7 +34,6 @@ from server.foreign import earlier_run, write_config
 from server.guest import Guest
 from server.own_grid import OwnGrid
 from server.runtime import Runtime, Taken
-from server.said import Said
 from server.serverapp import Given, opened, take
 from server.settings import Settings, checked_guest
 from server.supervisor import serve
@@ -277,7 +276,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> CoordinatorKeys:
 
 def test_what_the_server_is_given(tmp_path: Path, keys: CoordinatorKeys, job_file: Path) -> None:
     where = keys.address
-    given = checked_guest(str(job_file), tmp_path / "srv", where, keys=keys.folder)
+    given = checked_guest(str(job_file), tmp_path / "well", where, keys=keys.folder)
     assert (given.here, given.ca) == (where, keys.folder / "ca.pem")
     assert "--secret" not in given.serverapp(tmp_path / "config")
     secret = tmp_path / "secret"

@@ -14,20 +14,21 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fedtune.daemon import State
-from fedtune.errors import FedtuneError, KeysError, RoundFailed, RunFolderError, UserError
+from fedtune.daemon import Said, State
+from fedtune.errors import FedtuneError, KeysError, ModelError, RoundFailed, RunFolderError, UserError
+from fedtune.folders import require_folder
 from fedtune.job import checked_job
+from fedtune.processes import free_port
 from fedtune.security.addresses import Address
 from fedtune.security.coordinator_keys import CoordinatorKeys
 from fedtune.security.handover import make_bundle
+from fedtune.signals import Stopped
 from fedtune.tending import Tending
 from server import playing, supervisor
 from server.flower_control import Node, NoSuperLink
 from server.records import RoundRecord
-from server.said import Said
-from server.settings import Settings, checked, require_port
-from server.signals import Stopped, stoppable
-from server.supervisor import Server, keep_off_proxies
+from server.settings import Settings, checked, require_port, require_writable
+from server.supervisor import Server
 
 
 class Played:
@@ -219,31 +220,6 @@ def test_ctrl_c_stops_the_run_at_flower(serve: Callable[..., tuple[Played, str, 
     assert (State.read(tmp_path).phase, State.read(tmp_path).why) == ("stopped", "SIGTERM")
 
 
-def test_the_first_signal_is_heard_and_the_second_is_not() -> None:
-    cleaned = []
-    before = signal.getsignal(signal.SIGTERM)
-
-    def work() -> None:
-        with stoppable():
-            try:
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(10)
-            finally:
-                os.kill(os.getpid(), signal.SIGINT)
-                cleaned.append(True)
-
-    with pytest.raises(Stopped) as stopped:
-        work()
-    assert (stopped.value.exit_code, cleaned) == (143, [True])
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_a_proxy_for_the_world_is_not_used_for_this_machine() -> None:
-    environment = {"no_proxy": "example.org", "HTTPS_PROXY": "http://proxy:3128"}
-    keep_off_proxies(environment, "10.0.0.5")
-    assert environment["NO_PROXY"] == environment["no_proxy"] == "example.org,127.0.0.1,::1,localhost,10.0.0.5"
-
-
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("coordinator") / "keys"
@@ -268,7 +244,42 @@ def test_what_is_wrong_is_said_before_anything_is_written(tmp_path: Path, keys: 
     (tmp_path / "old" / "job.toml").touch()
     with pytest.raises(RunFolderError, match="already holds a run"):
         checked(job, folder, "127.0.0.1", 8000, keys, out=tmp_path / "old")
+    for model in (str(tmp_path), "./nowhere"):
+        with pytest.raises(ModelError, match=r"model\.path a folder"):
+            checked(job, folder, "127.0.0.1", 8000, keys, overrides=[f"model.path={model}"])
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "run", Path("/proc/nope")):
+        with pytest.raises(RunFolderError, match=f"{out} cannot be written: .* --out"):
+            checked(job, folder, "127.0.0.1", 8000, keys, out=out)
     assert not folder.exists()
+
+
+def test_looking_whether_a_run_can_be_written_leaves_nothing(tmp_path: Path) -> None:
+    require_writable(tmp_path / "new" / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", ["file", "/proc/nope", "file/below"])
+def test_a_folder_that_cannot_be_used_is_said_at_once(folder: str, tmp_path: Path, keys: Path, job_file: Path) -> None:
+    (tmp_path / "file").touch()
+    for side in (lambda place: checked(str(job_file), place, "127.0.0.1", free_port(), keys), require_folder):
+        with pytest.raises(UserError, match="--dir"):
+            side(tmp_path / folder)
+    with pytest.raises(UserError, match=r"state\.json cannot be written: .* another --dir"):
+        State(role="server").write(tmp_path / folder)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_closed_to_us_is_said_at_once(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match=f"--dir {tmp_path} cannot be written"):
+        require_folder(tmp_path)
+
+
+def test_the_folder_of_a_client_is_not_a_server_s(tmp_path: Path, job_file: Path) -> None:
+    State(role="client", phase="stopped").write(tmp_path)
+    with pytest.raises(UserError, match="the folder of a fedtune client; give this server another --dir"):
+        checked(str(job_file), tmp_path, "127.0.0.1", free_port(), insecure=True)
 
 
 def test_what_the_superlink_is_started_with(
