@@ -7,15 +7,16 @@ from collections.abc import Callable
 
 from fedtune.errors import RoundFailed
 from fedtune.job import Job
-from fedtune.processes import Processes
+from fedtune.processes import Processes, tail
 from server.flower_control import Control
 from server.following import POLL, STATUS_POLL, Progress, ended, submit_bare
 from server.foreign import write_config
-from server.loglines import last_lines
+from server.loglines import CONTROL
 from server.report_units import one_line
 from server.settings import Settings
 
 CLIENTAPP, SERVERAPP = "client.app:app", "serverapp"
+FAR, LONGEST = 1 << 16, 1500  # bytes of the log that are looked at, characters of its last line that are said
 FAREWELL = 5.0  # seconds for our process to end once the SuperLink has heard of the end
 
 
@@ -45,7 +46,7 @@ class Playing:
             time.sleep(POLL)
         progress.show()
         if code != 0:
-            raise RoundFailed(f"the ServerApp ended with exit code {code}; its last words{self._last_words()}")
+            raise RoundFailed(f"the ServerApp ended with exit code {code}; its last words{self._last_words()}{self._left()}")
 
     def _require_at_end(self, status: str, details: str) -> None:
         """The SuperLink hears of the end first; our process then ends within seconds. If not, somebody else ended the run."""
@@ -56,9 +57,16 @@ class Playing:
                 mend = ", and must be started with `--isolation process`" if self._settings.foreign else ""
                 raise RoundFailed(
                     f"the SuperLink says that the run is {said} while it goes on here: it was stopped or executed there{mend}"
+                    f"{self._left()}"
                 )
             time.sleep(POLL)
 
+    def _left(self) -> str:
+        run = self._settings.run
+        return f"; finished rounds are in {run}, so a new run needs another --out" if run.is_dir() else ""
+
     def _last_words(self) -> str:
+        """One line, which may hold the reasons of many clients."""
         log = self._processes.log(SERVERAPP)
-        return f" in {log}: {' '.join(last_lines(log, 1))}"
+        last = (tail(log, FAR).strip().splitlines() or [""])[-1]
+        return f" in {log}: {one_line(CONTROL.sub('', last), LONGEST)}"

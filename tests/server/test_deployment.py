@@ -178,7 +178,7 @@ def test_three_nodes_give_the_simulated_bits(deployed: Deployed, tmp_path: Path)
 
     # One that cannot work ends as failed, with its reason.
     with pytest.raises(RoundFailed, match="max_length"):
-        deployed.play(small_job(data={"max_length": 10**6}), tmp_path / "failed")
+        deployed.play(small_job(data={"max_length": 10**7}), tmp_path / "failed")
 
 
 def require_same(deployed: Deployed, job: Job, folder: Path, file: Path) -> None:
