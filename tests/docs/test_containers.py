@@ -74,15 +74,23 @@ def test_the_trainer_has_no_network_and_the_other_has_neither_data_nor_model() -
     assert ROLES["trainer"]["network_mode"] == "none"
     assert "networks" not in ROLES["trainer"]
     what = {role: {what for what, _ in mounts(role).values()} for role in ROLES}
-    assert {"DATA", "MODEL", "BUNDLE/trainer"} <= what["trainer"]
-    assert what["network"] == {"BUNDLE/client.toml", "BUNDLE/network", "kept-by-network", "socket"}
-    assert what["trainer"] & what["network"] == {"BUNDLE/client.toml", "socket"}
+    assert {"DATA", "MODEL"} <= what["trainer"]
+    assert what["network"] == {"BUNDLE", "nothing", "kept-by-network", "socket"}
+    assert what["trainer"] & what["network"] == {"BUNDLE", "nothing", "socket"}
+
+
+@pytest.mark.parametrize(("role", "other"), [("trainer", "network"), ("network", "trainer")])
+def test_the_bundle_is_a_folder_in_which_changes_are_seen_and_the_other_s_half_is_not(role: str, other: str) -> None:
+    bundle = options(role)["bundle"]
+    assert mounts(role)[str(bundle)] == ("BUNDLE", False)
+    assert mounts(role)[f"{bundle}/{other}"] == ("nothing", False)
+    assert f"{bundle}/{role}" not in mounts(role)
 
 
 def test_only_what_a_role_keeps_and_the_trainer_s_socket_can_be_written() -> None:
     writable = {role: {what for what, can in mounts(role).values() if can} for role in ROLES}
     assert writable == {"trainer": {"kept-by-trainer", "socket"}, "network": {"kept-by-network"}}
-    assert {"kept-by-trainer", "kept-by-network", "socket"} == set(COMPOSE["volumes"])
+    assert {"kept-by-trainer", "kept-by-network", "nothing", "socket"} == set(COMPOSE["volumes"])
 
 
 def test_the_roles_are_the_image_s_users_and_the_trainer_is_in_the_other_s_group() -> None:
