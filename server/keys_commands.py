@@ -15,8 +15,12 @@ from fedtune.security.certificates import SERVER_DAYS
 if TYPE_CHECKING:
     from fedtune.security.coordinator_keys import CoordinatorKeys
 
-keys_app = typer.Typer(no_args_is_help=True, help="Make, hand over, renew, revoke and list keys and certificates.")
-rotate_app = typer.Typer(no_args_is_help=True, help="Renew keys: of the server, of the coordinator's signature, of a client.")
+keys_app = typer.Typer(
+    no_args_is_help=True, suggest_commands=False, help="Make, hand over, renew, revoke and list keys and certificates."
+)
+rotate_app = typer.Typer(
+    no_args_is_help=True, suggest_commands=False, help="Renew keys: of the server, of the coordinator's signature, of a client."
+)
 keys_app.add_typer(rotate_app, name="rotate")
 
 Keys = Annotated[Path, typer.Option("--keys", envvar="FEDTUNE_KEYS", help="Folder of the coordinator's keys.")]

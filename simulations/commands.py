@@ -15,6 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import click
 import typer
 from rich.console import Console
 
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from fedtune.job import Job
     from server.records import Watcher
 
-app = typer.Typer(name="fedtune", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="fedtune", no_args_is_help=True, add_completion=False, suggest_commands=False, pretty_exceptions_enable=False
+)
 LONGEST = 2000  # characters of an error
 SCENARIOS = app_root() / "simulations" / "scenarios"
 
@@ -45,7 +48,7 @@ def main() -> None:
     """Run the command line; every error that is ours ends in one line."""
     warnings.filterwarnings("ignore", ".is_gradient_checkpointing", FutureWarning)  # peft's, about a name in transformers
     with one_line_errors():
-        app()
+        sys.exit(app(standalone_mode=False))
 
 
 @contextmanager
@@ -56,6 +59,13 @@ def one_line_errors() -> Iterator[None]:
         _complain(error, 2)
     except FedtuneError as error:
         _complain(error, 1)
+    except click.exceptions.NoArgsIsHelpError as asked:
+        asked.show()
+        sys.exit(asked.exit_code)
+    except click.ClickException as error:  # an option or an argument that there is not
+        context = getattr(error, "ctx", None)
+        more = f"`{context.command_path} --help`" if context else "`fedtune --help`"
+        _complain(UserError(f"{error.format_message().rstrip('.')}; {more} shows what there is"), error.exit_code)
 
 
 @contextmanager

@@ -42,6 +42,29 @@ def test_the_version(fedtune: Callable[..., str]) -> None:
     assert fedtune("--version") == f"fedtune {__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("repor", "No such command 'repor'.*; `fedtune --help` shows"),
+        ("report", "Missing argument 'FOLDER'; `fedtune report --help` shows"),
+        ("keys revok", "No such command 'revok'.*; `fedtune keys --help` shows"),
+        ("status --dirr x", "No such option.* '?--dirr.*; `fedtune status --help` shows"),
+    ],
+)
+def test_what_is_mistyped_is_answered_with_one_line(
+    words: str, said: str, run_command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """What it was meant to be is guessed by the library, in its own words."""
+    code, out, error = run_command(*words.split())
+    assert (code, out) == (2, "")
+    assert re.fullmatch(f"fedtune: {said} what there is\n", error)
+
+
+def test_without_words_the_help_is_shown(run_command: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, error = run_command()
+    assert (code, "Usage: fedtune" in out + error) == (2, True)
+
+
 def test_an_error_with_words_of_strangers_is_one_line_without_control_characters(
     run_command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
