@@ -37,7 +37,12 @@ class Standing:
 
     def as_json(self) -> dict[str, Any]:
         run = {**self.state.run, **({"round": self.last["round"], "loss": self.last["loss"]} if self.last else {})}
-        return {**asdict(self.state), "phase": self.phase, "alive": self.state.alive, "run": run}
+        return {**asdict(self.state), "phase": self.phase, "alive": self.state.alive, "run": run, "clients": self._clients}
+
+    @property
+    def _clients(self) -> Mapping[str, str]:
+        """Nobody is connected to a server that has ended."""
+        return self.state.clients if self.state.alive else {}
 
     def lines(self) -> Iterator[str]:
         state = self.state
@@ -49,7 +54,7 @@ class Standing:
             yield f"  address    {state.address}"
         if state.run:
             yield f"  run        {self._run()}"
-        groups = {"clients": state.clients, "guards": state.guards}
+        groups = {"clients": self._clients, "guards": state.guards}
         for title, group in groups.items():
             for words, names in by_word(group).items():
                 yield f"  {title:<10} {one_line(words, 200)}: {one_line(', '.join(names), 1000)}"
@@ -57,11 +62,13 @@ class Standing:
             yield f"  {'process':<10} {name}: {process_words(process)}"
 
     def _run(self) -> str:
+        """A client knows neither how many rounds there are nor the run's folder."""
         run, last = self.as_json()["run"], self.last
-        words = f"{run.get('name')}: round {run.get('round', 0)} of {run.get('rounds', '?')}"
-        if last and last["loss"] is not None:
-            words += f", held-out loss {loss(last['loss'])}"
-        return one_line(f"{words}, in {run.get('folder')}", 1000)
+        words = f"{run.get('name')}: round {run.get('round', 0)}"
+        words += f" of {run['rounds']}" if "rounds" in run else ""
+        words += f", held-out loss {loss(last['loss'])}" if last and last["loss"] is not None else ""
+        words += f", in {run['folder']}" if "folder" in run else ""
+        return one_line(words, 1000)
 
 
 def process_words(process: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from contextlib import suppress
@@ -14,6 +15,7 @@ import psutil
 from fedtune.daemon import State
 from fedtune.errors import FedtuneError
 from fedtune.processes import end, started_in
+from server.standing import GONE, Standing
 
 POLL = 0.1  # seconds
 PATIENCE = 60.0  # seconds: the run is stopped at Flower, and every process ends
@@ -25,12 +27,12 @@ class Stop:
     pid: int
     stopped: bool  # it was alive, and is no longer
     left: int  # processes that one before it had left, ended now
-    phase: str  # that it said last
+    phase: str  # that it said last; gone: it was killed
 
     @property
     def words(self) -> str:
         first = f"the {self.role} (pid {self.pid}) is stopped" if self.stopped else f"no {self.role} runs here ({self.phase})"
-        return first + (f"; {self.left} processes that it had left are ended" if self.left else "")
+        return first + (f"; processes that it had left, ended now: {self.left}" if self.left else "")
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -45,7 +47,18 @@ def stop_in(folder: Path, patience: float = PATIENCE) -> Stop:
         _end(state, patience)
     left = started_in(folder)
     end(left)
-    return Stop(state.role, state.pid, alive, len(left), State.read(folder).phase)
+    last = Standing.read(folder)
+    if last.phase == GONE:
+        _say_its_last(folder, last.state)
+    return Stop(state.role, state.pid, alive, len(left), last.phase)
+
+
+def _say_its_last(folder: Path, state: State) -> None:
+    """For one that could not; by its own user alone, who could otherwise not write the file any more."""
+    if folder.stat().st_uid == os.geteuid():
+        down = {name: {**process, "pid": None} for name, process in state.processes.items()}
+        why = "it ended without a last word: it was killed, or this machine was restarted"
+        state.but(phase="failed", why=why, processes=down).write(folder)
 
 
 def _end(state: State, patience: float) -> None:

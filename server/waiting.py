@@ -83,10 +83,12 @@ def wait_for(
 
 
 def state_of(wanted: Wanted, clients: Mapping[str, Standing]) -> str:
-    there, missing = wanted.there(clients), wanted.missing(clients)
-    words = [f"{len(there)} of {wanted.number(clients) or '?'} clients connected"]
+    there, missing, number = wanted.there(clients), wanted.missing(clients), wanted.number(clients)
+    words = [f"{len(there)} of {number or '?'} clients connected"]
     words += [f"here: {names(there)}"] if there else []
-    words += [f"missing: {names(missing)}"] if missing else []
+    if missing:
+        lacking = number - len(there)
+        words.append(f"any {lacking} of: {names(missing)}" if lacking < len(missing) else f"missing: {names(missing)}")
     return one_line("; ".join(words), 1000)
 
 

@@ -194,6 +194,13 @@ def test_patience_ends_with_the_names_of_those_who_did_not_come(monkeypatch: pyt
     assert clock.now == 5.5  # the first look after five seconds
 
 
+def test_of_many_that_would_do_it_says_how_many() -> None:
+    """One of the two that are not there is enough; with three wanted of three there is no choice."""
+    two: dict[str, Standing] = {"north": "missing", "south": "missing", "west": "connected"}
+    assert state_of(Wanted(count=2), two) == "1 of 2 clients connected; here: west; any 1 of: north, south"
+    assert state_of(Wanted(count=3), two) == "1 of 3 clients connected; here: west; missing: north, south"
+
+
 def test_a_line_names_a_few() -> None:
     many: dict[str, Standing] = {f"c{number}": "missing" for number in range(11)}
     assert state_of(Wanted(), many).endswith("c6, c7, and 3 more")

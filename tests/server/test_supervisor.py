@@ -165,7 +165,8 @@ def test_the_serverapp_is_told_here_and_its_command_line_has_no_secret(serve: Ca
 
 
 def test_a_run_that_failed_ends_with_its_last_words(serve: Callable[..., tuple[Played, str, State]], tmp_path: Path) -> None:
-    with pytest.raises(RoundFailed, match=r"exit code 1; its last words in .*serverapp.log: round 1: nobody answered"):
+    end = f"finished rounds are in {tmp_path / 'runs' / 'run'}, so a new run needs another --out"
+    with pytest.raises(RoundFailed, match=rf"exit code 1; its last words in .*serverapp.log: round 1: nobody answered; {end}"):
         serve(lambda played: "finished:failed; round 1: nobody answered")
     assert (State.read(tmp_path).phase, "nobody answered" in State.read(tmp_path).why) == ("failed", True)
 
