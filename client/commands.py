@@ -1,6 +1,6 @@
 """`fedtune client`: one node of a coordinator's jobs, until it is stopped.
 
-Exit codes: 0 stopped with SIGTERM, 2 something that the user must mend, 130 stopped with Ctrl-C.
+Exit codes: 0 stopped with SIGTERM, 1 what was not foreseen, 2 something that the user must mend, 130 stopped with Ctrl-C.
 """
 
 from __future__ import annotations

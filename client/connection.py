@@ -44,6 +44,11 @@ class Connection:
             return f"{self.server} answers, and the SuperNode is about to connect"
         return f"{self.server} answers, but the SuperNode has had no answer for more than {STALE:.0f} s"
 
+    @property
+    def gone(self) -> bool:
+        """Whether the server's machine answers that nothing listens there, as after a server that has ended."""
+        return self._found.refused
+
     def _is_well(self, link: Link) -> bool:
         return link.status < 400 and link.warned <= link.well and self._clock() - link.well < STALE
 
@@ -61,6 +66,12 @@ class Connection:
             return (
                 f"the clocks of this machine and of {self.server} differ by {abs(ahead) / 60:.0f} minutes, allowed are "
                 f"{TOLERANCE / 60:.0f}; set the one that is wrong, such as with `timedatectl set-ntp true`"
+            )
+        if link.status == 412 and link.path == ACTIVATE:
+            return (
+                f"{self.server} does not let this node in (answer 412): the server still counts an earlier connection of this "
+                f"node as open (about a minute after a crash), or another client runs with the same bundle, or it was revoked "
+                f"(`fedtune keys list` there)"
             )
         if link.status == 401 or (link.path == ACTIVATE and link.status < 500):
             return (

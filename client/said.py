@@ -13,6 +13,7 @@ from fedtune.daemon import Said, State
 Say = Callable[[str], None]
 HELLO = "hello"
 UNSAID = ("evaluate",)  # kinds of asks that are said only when they fail
+GONE = "the server has gone (its run has ended?); waiting for the next"
 FIRM = 2.0  # seconds that a trouble lasts before it is said: while a connection is made there are short ones
 
 
@@ -51,8 +52,10 @@ class Line:
         self._connected = self._ever = False  # as it was said
         self._why, self._since, self._told = "", clock(), ""
 
-    def now(self, why: str | None, server: str) -> None:
-        """`why` it is not connected; None where it is."""
+    def now(self, why: str | None, server: str, gone: bool = False) -> None:
+        """`why` it is not connected; None where it is. `gone`: nothing listens there any more."""
+        if why and gone and self._ever and self._to.state.run:  # asks were answered: no trouble, as far as one can tell
+            why = GONE
         self._to.say(phase="waiting" if why else "running", why=why or "", address=server)
         if why is None:
             self._well(server)
@@ -69,5 +72,6 @@ class Line:
         if why != self._why:
             self._why, self._since = why, self._clock()
         if why != self._told and self._clock() - self._since >= FIRM:
-            self._to.tell(f"{'connection lost' if self._connected else 'not connected'}: {why}")
+            lost = "connection lost" if self._connected else "not connected"
+            self._to.tell(why if why == GONE else f"{lost}: {why}")
             self._connected, self._told = False, why

@@ -17,8 +17,8 @@ from client.said import Line, Say, Told
 from client.settings import Settings
 from client.told import ANSWERS, LINK, Follow
 from fedtune.daemon import State
-from fedtune.errors import UserError
-from fedtune.processes import Processes, end, free_port, past_proxies, started_in, tail
+from fedtune.errors import FedtuneError, UserError
+from fedtune.processes import Processes, end, free_port, past_proxies, started_in
 from fedtune.security.keyfiles import make_folder, write_private
 from fedtune.tending import Tending
 
@@ -55,6 +55,7 @@ class Client:
         self._begin()
 
     def step(self) -> None:
+        self._require_folder()
         self._tend()
         if self._handed.changed():
             self._take_up()
@@ -62,11 +63,19 @@ class Client:
             self._told.answered(answer)
         if self._settings.network:
             up = self._started.ended("supernode") is None
-            self._line.now(self._connection.why(up), self._connection.server)
+            self._line.now(self._connection.why(up), self._connection.server, self._connection.gone)
         else:
             self._told.say(phase="running" if self._settings.socket.is_socket() else "starting")
         self._told.guards()
         self._told.say(processes=self._tending.as_json())
+
+    def _require_folder(self) -> None:
+        """Raises FedtuneError: what tells an old ask that comes again from a new one has gone with it."""
+        if not self._told.still_there():
+            raise FedtuneError(
+                f"{self._settings.folder} was removed or replaced while this client ran, and with it what the client "
+                f"remembers against old asks; start it again if that was meant"
+            )
 
     def _begin(self) -> None:
         """Starts what does not run, or has read something of the bundle that is another now."""
@@ -97,8 +106,6 @@ class Client:
 
     def _tend(self) -> None:
         for name in self._tending.tend():
-            code, log = self._tending.exit_code(name), self._started.log(name)
-            last = (tail(log, 500).strip().splitlines() or [""])[-1]
-            if code == TO_MEND:
-                raise UserError(f"{name}: {last} (the log: {log})")
-            self._told.tell(f"{name} ended with exit code {code}, and is started again: {last} (the log: {log})")
+            if self._tending.exit_code(name) == TO_MEND:
+                raise UserError(f"{name}: {self._tending.last_words(name)} (the log: {self._started.log(name)})")
+            self._told.tell(f"{name} {self._tending.how_it_ended(name)}; it is started again")

@@ -80,6 +80,11 @@ class Said:
     def __init__(self, folder: Path, state: State) -> None:
         self._folder, self.state = folder, state
         state.write(folder)
+        self._inode = _inode(folder)
+
+    def still_there(self) -> bool:
+        """Whether the folder is the one that it was: not removed meanwhile, nor another in its place."""
+        return _inode(self._folder) == self._inode
 
     def say(self, **changes: Any) -> None:
         state = self.state.but(**changes)
@@ -102,7 +107,16 @@ class Said:
 
     def _over(self, **changes: Any) -> None:
         nothing = {name: {**process, "pid": None} for name, process in self.state.processes.items()}
-        self.say(processes=nothing, **changes)
+        if self.still_there():
+            self.say(processes=nothing, **changes)
+
+
+def _inode(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def closed(folder: Path) -> UserError:

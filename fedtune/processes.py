@@ -6,6 +6,7 @@ Whatever they start themselves is found by that home, and ends with them.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,6 +22,9 @@ from fedtune.errors import FedtuneError
 from fedtune.paths import app_root
 
 POLL, PATIENCE = 0.1, 5.0  # seconds
+CONTROL = re.compile(
+    r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+)  # a log holds words of others: no terminal codes
 
 
 class ProcessDied(FedtuneError):

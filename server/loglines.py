@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fedtune.daemon import closed
+from fedtune.daemon import State, closed
 from fedtune.errors import UserError, nearest
-from fedtune.processes import tail
+from fedtune.processes import CONTROL, tail
 
 POLL = 0.3  # seconds
 LONGEST = 400  # bytes that one line is reckoned with, to find the last ones of a large file
-CONTROL = re.compile(
-    r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
-)  # a log holds words of others: no terminal codes
 
 
 def logs_in(folder: Path, process: str | None) -> dict[str, Path]:
@@ -33,6 +29,15 @@ def logs_in(folder: Path, process: str | None) -> dict[str, Path]:
     if process not in found:
         raise UserError(f"{folder} holds no log of '{process}'{nearest(process, found)}; there are: {', '.join(found)}")
     return {process: found[process]}
+
+
+def wanted_lines(logs: dict[str, Path], folder: Path, last: int, follow: bool) -> Iterator[tuple[str, str]]:
+    """Process and line: the last ones of each; then, where they are followed, those that come while `folder` is alive."""
+    for name, log in logs.items():
+        for line in last_lines(log, last):
+            yield name, line
+    if follow:
+        yield from coming_lines(logs, lambda: State.read(folder).alive)
 
 
 def last_lines(log: Path, count: int) -> list[str]:

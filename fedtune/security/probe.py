@@ -25,6 +25,7 @@ class Probe:
     problem: str | None = None  # in words that say what to do; None: the server is the right one
     expires: datetime | None = None  # its certificate
     clock: float | None = None  # seconds that its clock is ahead of ours, within a second; None: it does not say
+    refused: bool = False  # its machine is there, and nothing listens
 
 
 def probe(address: str, ca: Path | None, timeout: float = 5.0) -> Probe:
@@ -33,7 +34,7 @@ def probe(address: str, ca: Path | None, timeout: float = 5.0) -> Probe:
     try:
         connection = socket.create_connection(place, timeout)
     except OSError as error:
-        return Probe(False, _unreachable(place, error, timeout))
+        return Probe(False, _unreachable(place, error, timeout), refused=isinstance(error, ConnectionRefusedError))
     if ca is None:
         with connection:
             return Probe(True, clock=_clock(connection, place))

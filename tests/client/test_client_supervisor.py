@@ -14,12 +14,13 @@ import pytest
 
 from client.connection import ACTIVATE, STALE, Connection
 from client.handed import Handed
-from client.said import FIRM, Line, Told
+from client.said import FIRM, GONE, Line, Told
 from client.settings import Settings, checked
 from client.supervisor import Client, serve
 from client.told import ANSWERS, LINE, LINK, Answers, Follow, Link
 from fedtune.daemon import State
-from fedtune.errors import KeysError, UserError
+from fedtune.errors import FedtuneError, KeysError, UserError
+from fedtune.processes import free_port
 from fedtune.security.coordinator_keys import CoordinatorKeys
 from fedtune.security.handover import make_bundle
 from fedtune.security.probe import Probe
@@ -90,6 +91,14 @@ def test_an_address_that_is_none_is_a_reason_and_no_end(tmp_path: Path) -> None:
     assert "host:port" in str(Connection("nonsense", None, tmp_path / LINK).why(up=True))
 
 
+def test_a_server_that_has_ended_is_told_from_one_that_cannot_be_reached(tmp_path: Path) -> None:
+    here = Connection(f"127.0.0.1:{free_port()}", None, tmp_path / LINK)
+    nowhere = Connection("no-such-host.invalid:1", None, tmp_path / LINK)
+    assert all("is the server started" in str(here.why(up)) for up in (True, False))
+    assert nowhere.why(up=True)
+    assert (here.gone, nowhere.gone) == (True, False)
+
+
 @pytest.mark.parametrize(
     ("link", "up", "found", "wanted"),
     [
@@ -99,6 +108,7 @@ def test_an_address_that_is_none_is_a_reason_and_no_end(tmp_path: Path) -> None:
         (Link(ACTIVATE, 401), True, Probe(True, clock=1.0), "does not know this node (answer 401): it was revoked, or is not"),
         (Link(ACTIVATE, 401), True, Probe(True, clock=-720.0), "differ by 12 minutes"),
         (Link(ACTIVATE, 400), False, Probe(True, clock=0.0), "does not know this node (answer 400)"),
+        (Link(ACTIVATE, 412), True, Probe(True, clock=0.0), "another client runs with the same bundle, or it was revoked"),
         (Link("/v1/fleet/pull-messages", 503), True, Probe(True), "answers 503 to /v1/fleet/pull-messages"),
         (Link("/v1/fleet/pull-messages", 200, 900.0, 900.0), True, Probe(True), "has had no answer for more than 30 s"),
     ],
@@ -142,6 +152,23 @@ def test_the_line_tells_changes_and_leaves_out_what_is_short(
         "connected again to h:1",
     ]
     assert (said.state.phase, said.state.why, State.read(tmp_path).address) == ("running", "", "h:1")
+
+
+def test_a_server_that_ends_after_its_asks_is_no_trouble(said: Told, lines: list[str], clock: Clock) -> None:
+    line = Line(said, clock)
+
+    def goes(*, after: str) -> str:
+        line.now(None, "h:1")
+        for _ in range(4):
+            line.now(after, "h:1", gone=True)
+            clock.now += 1
+        return lines[-1]
+
+    assert goes(after="nothing listens") == "connection lost: nothing listens"
+    said.answered({"kind": "train", "run": "demo", "round": 1, "seconds": 1.0})
+    assert goes(after="nothing listens") == GONE
+    assert said.state.why == GONE
+    assert lines.count(GONE) == 1
 
 
 def test_the_reason_of_a_wait_is_in_the_state(said: Told, tmp_path: Path, clock: Clock) -> None:
@@ -305,13 +332,32 @@ def test_one_that_ends_is_said_with_its_last_line_and_started_again(client: Clie
     client.step()
     fake.fall("trainer", -9, "the last words")
     client.step()
-    assert lines[-1].startswith("trainer ended with exit code -9, and is started again: the last words (the log: ")
+    log = fake.log("trainer")
+    assert lines[-1] == f"trainer was killed by SIGKILL (out of memory?): the last words (the log: {log}); it is started again"
 
 
 def test_what_the_user_must_mend_ends_the_client(client: Client, fake: Fake) -> None:
     fake.fall("trainer", 2, "policy.toml: unknown key 'hour', did you mean 'hours'?")
     with pytest.raises(UserError, match="did you mean 'hours'"):
         client.step()
+
+
+def test_a_client_whose_folder_was_removed_ends_and_leaves_none(
+    client: Client, said: Told, bundle: Path, tmp_path: Path
+) -> None:
+    """The old one lives on under another name, so that the new one cannot have its inode."""
+    folder = tmp_path
+    client.step()
+    away = folder.rename(folder.with_name(f"{folder.name}-away"))
+    with pytest.raises(FedtuneError, match="was removed or replaced while") as ended, said.to_the_end():
+        client.step()
+    assert not isinstance(ended.value, UserError)  # exit code 1: there is nothing that was typed wrongly
+    assert not folder.exists()
+    folder.mkdir()
+    with pytest.raises(FedtuneError, match="was removed or replaced while"), said.to_the_end():
+        client.step()
+    assert list(folder.iterdir()) == []
+    shutil.rmtree(away)
 
 
 def move(bundle: Path, server: str) -> None:
