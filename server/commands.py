@@ -6,6 +6,8 @@ Exit codes: 0 done, 1 the run failed or nothing is alive, 2 something that the u
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -112,20 +114,13 @@ def logs(
     json_: Json = False,
 ) -> None:
     """Show what the processes of a server or client have written."""
-    from server.loglines import coming_lines, last_lines, logs_in
-    from server.standing import Standing
+    from server.loglines import logs_in, wanted_lines
 
     found = logs_in(folder, process)
-
-    def show(name: str, line: str) -> None:
-        typer.echo(json.dumps({"process": name, "line": line}) if json_ else line if process else f"{name}: {line}")
-
-    for name, log in found.items():
-        for line in last_lines(log, lines):
-            show(name, line)
-    if follow:
-        try:
-            for name, line in coming_lines(found, lambda: Standing.read(folder).state.alive):
-                show(name, line)
-        except KeyboardInterrupt as stopped:
-            raise typer.Exit(130) from stopped
+    try:
+        for name, line in wanted_lines(found, folder, lines, follow):
+            typer.echo(json.dumps({"process": name, "line": line}) if json_ else line if process else f"{name}: {line}")
+    except KeyboardInterrupt as stopped:
+        raise typer.Exit(130) from stopped
+    except BrokenPipeError:  # `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -97,13 +97,17 @@ def test_status_when_it_is_over(folder: Path, phase: str, pid: int, word: str, c
     State.read(folder).but(phase=phase, pid=pid, why=why).write(folder)
     found, said = say("status", "--dir", folder)
     assert (found, said.splitlines()[0]) == (code, f"server: {word}")
-    assert json.loads(say("status", "--dir", folder, "--json")[1])["alive"] is False
+    assert "connected" not in said
+    given = json.loads(say("status", "--dir", folder, "--json")[1])
+    assert (given["alive"], given["clients"]) == (False, {})
 
 
 def test_status_of_a_client_and_of_nothing(tmp_path: Path) -> None:
-    State("client", name="north", guards={"network": "on", "memory": "not permitted"}).write(tmp_path)
+    guards = {"network": "on", "memory": "not permitted"}
+    State("client", name="north", guards=guards, run={"name": "71", "round": 22}).write(tmp_path)
     said = say("status", "--dir", tmp_path)[1]
     assert said.startswith("client north: starting\n")
+    assert "  run        71: round 22\n" in said
     assert "guards     not permitted: memory" in said
     with pytest.raises(UserError, match=f"nothing of fedtune runs in {tmp_path / 'x'}"):
         say("status", "--dir", tmp_path / "x")
@@ -164,6 +168,19 @@ def test_what_a_long_lived_command_leaves_is_for_its_owner(
         assert os.umask(0) == 0  # put back
     finally:
         os.umask(before)
+
+
+def test_who_reads_no_further_than_the_first_line_of_a_log_sees_no_error(tmp_path: Path) -> None:
+    """More than a pipe holds, so that writing goes on when nobody reads any more."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "superlink.log").write_text(f"{'x' * 99}\n" * 5000)
+    words = ["logs", "--dir", str(tmp_path), "--lines", "5000"]
+    with subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert (process.wait(30), process.stderr.read()) == (0, b"")
 
 
 def test_last_lines_of_a_large_log_are_whole(tmp_path: Path) -> None:
@@ -229,14 +246,19 @@ def test_stop_says_when_it_will_not_end(tmp_path: Path) -> None:
 
 
 def test_stop_ends_what_a_killed_server_has_left(tmp_path: Path) -> None:
-    State("server", pid=2**22 + 1, phase="running").write(tmp_path)
+    superlink = {"superlink": {"pid": 7, "restarts": 0}}
+    State("server", pid=2**22 + 1, phase="running", processes=superlink).write(tmp_path)
     processes = Processes(tmp_path)
     with processes:
         left = processes.start("superlink", [sys.executable, "-c", "import time; time.sleep(600)"])
         while psutil.Process(left.pid).environ().get("FLWR_HOME") is None:
             time.sleep(0.01)  # between fork and exec
-        assert stop_in(tmp_path).words == "no server runs here (running); 1 processes that it had left are ended"
+        assert stop_in(tmp_path).words == "no server runs here (gone); processes that it had left, ended now: 1"
         assert not psutil.pid_exists(left.pid)
+    last = State.read(tmp_path)
+    assert (last.phase, last.processes) == ("failed", {"superlink": {"pid": None, "restarts": 0}})
+    assert "without a last word" in last.why
+    assert stop_in(tmp_path).words == "no server runs here (failed)"
 
 
 CLIENTS = ("asyncio", "http")
