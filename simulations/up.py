@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 PATIENCE = 180.0  # seconds for the clients to come: each loads torch before it listens
 FAREWELL = 20.0  # seconds for a client to end its own processes
+REMOVE = "--remove"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -119,11 +121,43 @@ def _last_words(processes: Processes, names: Sequence[str]) -> str:
 @contextmanager
 def _kept(folder: Path | None) -> Iterator[Path]:
     """The folder that was named; or one that is removed, with a path that is short enough for sockets."""
+    from fedtune.folders import require_folder
+
     if folder is not None:
-        yield folder.absolute()
+        require_folder(folder.absolute())
+        with guarded(folder.absolute()):
+            yield folder.absolute()
         return
     place = Path(tempfile.mkdtemp(prefix="fedtune-up-"))
     try:
-        yield place
+        with guarded(place, REMOVE):
+            yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def guarded(place: Path, *options: str) -> Iterator[None]:
+    """What is started in `place` ends also where we are killed: another process waits for our end, then runs `clean_up`."""
+    from fedtune.paths import app_root
+
+    command = [sys.executable, "-m", "simulations.up", str(place), *options]
+    environment = os.environ | {"PYTHONPATH": str(app_root())}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True):
+        yield  # its input ends with us; otherwise when this block is left
+
+
+def clean_up(place: Path, remove: bool) -> None:
+    """The clients end what they have started; then what is left is ended: a server's processes, those of a killed client."""
+    from fedtune.processes import end, started_in
+
+    end(started_in(place / "clients"), FAREWELL)
+    for folder in place.iterdir() if place.is_dir() else ():
+        end(started_in(folder))
+    if remove:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.stdin.read()
+    clean_up(Path(sys.argv[1]), REMOVE in sys.argv[2:])

@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -21,6 +22,7 @@ from fedtune import __version__
 from fedtune.errors import RoundFailed
 from fedtune.paths import app_root
 from fedtune.peft_folder import read_adapter
+from simulations.up import REMOVE
 from strategies.fedavg import FedAvg
 
 SMALL = ("--set", "rounds.count=1", "--set", "train.steps=1")
@@ -216,6 +218,34 @@ def test_ctrl_c_ends_in_one_line_and_keeps_the_rounds(
     assert os.readlink(tmp_path / "run" / "adapter") == "rounds/0001/adapter"
     assert not (tmp_path / "run" / "spool").exists()
     read_adapter(tmp_path / "run" / "adapter")
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from fedtune.processes import Processes
+from simulations.up import REMOVE, guarded
+place = Path(sys.argv[1])
+with guarded(place, *sys.argv[2:]), Processes(place / "server") as server, Processes(place / "clients") as clients:
+    for processes in (server, clients):
+        print(processes.start("one", [sys.executable, "-c", "import time; time.sleep(600)"]).pid, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("options", [[], [REMOVE]])
+def test_what_up_has_started_ends_also_where_it_is_killed(options: list[str], tmp_path: Path) -> None:
+    """Keys go with it, where its folder was a temporary one."""
+    place = tmp_path / "place"
+    (place / "keys").mkdir(parents=True)
+    command = [sys.executable, "-c", KILLED, str(place), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=app_root()) as up:
+        assert up.stdout is not None
+        started = [psutil.Process(int(up.stdout.readline())) for _ in range(2)]
+        [guard] = [child for child in psutil.Process(up.pid).children() if child not in started]
+        up.kill()
+        assert psutil.wait_procs([*started, guard], timeout=30)[1] == []
+    assert place.exists() is not bool(options)
 
 
 @pytest.mark.slow
