@@ -51,6 +51,8 @@ def client(
     part = only.value if only else None
     options = {**trainer, "seconds": seconds, "budget": budget}
     given = checked(folder, bundle, server, name, part, socket, insecure, insecure_anywhere, **options)
+    if given.without:
+        say(given.without)
     with until_stopped() as stop, for_owner_alone():
         serve(given, say, stop.event)
     say("stopped")

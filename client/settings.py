@@ -40,6 +40,15 @@ class Settings:
     def training(self) -> bool:
         return self.part != "network"
 
+    @property
+    def without(self) -> str:
+        """What it means that --data or --model was left out; empty where neither was."""
+        missing = [option for option in ("data", "model") if option not in self.trainer] if self.training else []
+        if not missing:
+            return ""
+        named = " and ".join(f"--{option}" for option in missing)
+        return f"without {named}: only jobs with built-in {' and '.join(missing)} ({BUILTIN}…) are answered"
+
     def handed(self) -> Bundle | None:
         """What lies in the bundle now: the operator may put another in its place. Raises KeysError."""
         return Bundle.load(self.bundle, self.part) if self.bundle else None
@@ -71,6 +80,7 @@ def checked(
             "halves have a --dir each"
         )
     options = _trainer_options(trainer) if part != "network" else {}
+    _glance(options, name)
     _require_free(folder)
     require_folder(folder)
     where = checked_socket(socket or folder / "trainer.sock")
@@ -127,6 +137,15 @@ def _trainer_options(given: Mapping[str, str | float | Path | None]) -> dict[str
         if not Path(options["policy"]).is_file():
             raise UserError(f"--policy {given['policy']} is no file; wanted a TOML file of what this client allows")
     return options
+
+
+def _glance(options: Mapping[str, str], client: str) -> None:
+    """Raises DataError or ModelError for what the trainer could not use."""
+    from client.glance import glance_at_data, glance_at_model
+
+    for option, glance in (("data", lambda path: glance_at_data(path, client)), ("model", glance_at_model)):
+        if not options.get(option, BUILTIN).startswith(BUILTIN):
+            glance(Path(options[option]))
 
 
 # What the trainer, which has no network, cannot fetch itself: the error, and how to fetch it before.

@@ -60,6 +60,15 @@ def format_of(columns: Iterable[str], task: str, where: str) -> Format:
     raise DataError(f"{where} has the columns {shown_names(columns)}; for model.task = '{task}' wanted one of: {wanted}")
 
 
+def require_format(row: Row, where: str) -> None:
+    """Raises DataError where no task could learn from this row."""
+    for column in format_of(row, "causal", where).columns:  # classification's has the column `text` too
+        if column == "messages":
+            chat.checked(row[column], where)
+        else:
+            _string(row, column, where)
+
+
 def encode(rows: Sequence[Row], format: Format, encoder: Encoder, where: str) -> list[list[Example] | list[Labelled]]:
     """The examples of each row, none for a row in which no token is left to learn."""
     encoded: list[Any] = []

@@ -9,9 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
 from client.allowance import columns, shown_names
 from fedtune.errors import DataError
 
@@ -20,16 +17,32 @@ Row = dict[str, Any]
 
 def read(path: Path) -> list[Row]:
     """All rows, at least one, with the columns that may be read here. Raises DataError."""
+    rows = list(_rows(path))
+    if not rows:
+        raise _empty(path)
+    return rows
+
+
+def first_row(path: Path) -> Row:
+    """Of a file, without the others where its kind lets one. Raises DataError."""
+    for row in _rows(path):
+        return row
+    raise _empty(path)
+
+
+def _rows(path: Path) -> Iterator[Row]:
     reader = _datasets_folder if path.is_dir() else READERS[path.suffix]
     try:
-        rows = [_allowed(row, columns()) for row in reader(path)]
+        for row in reader(path):
+            yield _allowed(row, columns())
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    if not rows:
-        raise DataError(f"{path} is empty; wanted at least one row")
-    return rows
+
+
+def _empty(path: Path) -> DataError:
+    return DataError(f"{path} is empty; wanted at least one row")
 
 
 def rows_by_client(path: Path, column: str) -> dict[str, list[Row]]:
@@ -111,6 +124,8 @@ def _csv(path: Path) -> Iterator[Row]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow.parquet  # large, and few need it
+
     try:
         yield from pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
@@ -118,6 +133,7 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _datasets_folder(path: Path) -> Iterator[Row]:
+    import pyarrow
     from datasets import Dataset, load_from_disk  # takes a second, and few jobs need it
 
     try:

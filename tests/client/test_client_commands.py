@@ -120,9 +120,56 @@ def test_paths_are_made_absolute_and_built_in_data_stays(
 ) -> None:
     """The processes run in another folder."""
     monkeypatch.chdir(tmp_path)
-    Path("my.jsonl").write_text("{}")
+    Path("my.jsonl").write_text('{"text": "a"}')
     given = insecure(data="my.jsonl", model="builtin:stdlib", layers="all", budget=None)
     assert given.trainer == {"data": str(tmp_path / "my.jsonl"), "model": "builtin:stdlib", "layers": "all"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.jsonl", "", "is empty; wanted at least one row"),
+        ("head.csv", "text\n", "is empty; wanted at least one row"),
+        ("other.jsonl", '{"body": "a"}\n', "row 1 has the columns body; .* wanted one of: messages; "),
+        ("number.jsonl", '{"text": 7}\n', "row 1: 'text' is .*; wanted text"),
+        ("talk.jsonl", '{"messages": "hello"}\n', "row 1: 'messages' is .* wanted .*role"),
+        ("broken.json", "[", "not JSON"),
+        ("text.txt", "a", "'.txt' files cannot be read"),
+    ],
+)
+def test_data_that_nothing_can_be_learnt_from_is_said_at_once(
+    insecure: Callable[..., Settings], tmp_path: Path, name: str, content: str, words: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=words):
+        insecure(data=str(tmp_path / name))
+    assert not (tmp_path / "dir").exists()
+
+
+def test_of_a_folder_the_client_s_own_file_is_looked_at(insecure: Callable[..., Settings], tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    with pytest.raises(DataError, match="is a folder without data"):
+        insecure(data=str(data))
+    (data / "other.jsonl").write_text("")
+    (data / f"{insecure().name}.jsonl").write_text('{"text": "a"}\n\nno JSON')  # the rest is the trainer's to say
+    insecure(data=str(data))
+
+
+def test_a_model_folder_without_a_model_is_said_at_once(insecure: Callable[..., Settings], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"holds no config.json"):
+        insecure(model=str(tmp_path))
+    (tmp_path / "config.json").touch()
+    insecure(model=str(tmp_path))
+
+
+def test_what_a_client_without_data_or_model_answers_is_said(insecure: Callable[..., Settings], tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    words = "without --data and --model: only jobs with built-in data and model (builtin:…) are answered"
+    assert insecure().without == words
+    assert insecure(model=str(tmp_path)).without.startswith("without --data: only jobs with built-in data (")
+    assert insecure(model=str(tmp_path), data="builtin:stdlib").without == ""
+    assert insecure(only="network", socket=tmp_path / "t.sock").without == ""
 
 
 def test_a_folder_in_which_one_runs_is_taken(insecure: Callable[..., Settings], tmp_path: Path) -> None:
@@ -137,7 +184,8 @@ def test_a_folder_in_which_one_runs_is_taken(insecure: Callable[..., Settings], 
 
 
 def test_a_whole_client_is_three_processes_and_only_the_trainer_knows_data_and_model(tmp_path: Path, north: Path) -> None:
-    (tmp_path / "my.jsonl").write_text("{}")
+    (tmp_path / "my.jsonl").write_text('{"text": "a"}')
+    (tmp_path / "config.json").touch()
     own = {"data": str(tmp_path / "my.jsonl"), "model": str(tmp_path), "memory": "2GB", "relay_user": "net"}
     given = checked(tmp_path / "d", north, socket=tmp_path / "t.sock", **own)
     planned = processes(given, given.handed(), port=4321)
@@ -201,4 +249,4 @@ def test_an_end_that_was_asked_for_is_no_failure(tmp_path: Path, monkeypatch: py
 
         monkeypatch.setattr(supervisor, "serve", serve)
         ended = CliRunner().invoke(app, words)
-        assert (ended.exit_code, ended.output.split()[1:]) == (code, ["stopped"]), ended.exception
+        assert (ended.exit_code, ended.output.split()[-1]) == (code, "stopped"), ended.exception
