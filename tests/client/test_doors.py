@@ -108,6 +108,17 @@ def test_the_policy_holds(secure: bool, doors: Options, make_job: MakeJob, keys:
     assert asked(door, train(job, "1.1")).startswith("policy.max_steps: ")
 
 
+def test_what_is_not_named_here_is_not_for_the_job_to_name(make_job: MakeJob, tiny_data: Path) -> None:
+    data = ["--data", str(tiny_data / "bob.jsonl")]
+    for given, wanted in (
+        ([], "policy.model: "),
+        (["--model", make_job().model.path], "policy.data: "),
+        (data, "policy.model: "),
+    ):
+        door = doors_of(parser().parse_args(["--socket", "s.sock", *INSECURE, *given]))
+        assert told(door.answer(hello(make_job()))).startswith(wanted)
+
+
 def test_two_runs_of_one_name_are_two(doors: Options, make_job: MakeJob, keys: CoordinatorKeys) -> None:
     """What counts is the run that was signed: each run has its own, and none can take up another's."""
     door = doors("--bundle", str(make_bundle(keys, "bob")), policy="max_steps = 2\nrounds_per_day = 2\n")

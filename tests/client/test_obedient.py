@@ -26,9 +26,10 @@ from fedtune.envelope import Envelope
 from fedtune.errors import UserError
 from fedtune.job import Job, checked_job
 from fedtune.payload import Payload, payload_of
-from fedtune.strategy import Ask
+from fedtune.strategy import Answer, Ask
 from fedtune.wire import pack_ask, unpack_answer
 from strategies.decomfl import DeComFL
+from strategies.fedavg import FedAvg
 
 MakeJob = Callable[..., Job]
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -342,13 +343,36 @@ def test_what_took_too_long_does_not_leave(node: MakeNode, make_job: MakeJob) ->
     assert answer.tensors == ()
 
 
-def test_evaluation_stays_here_under_another_name_too(node: MakeNode, make_job: MakeJob) -> None:
+def test_evaluation_stays_here(node: MakeNode, make_job: MakeJob) -> None:
     bob, job = node(Policy(evaluation=False)), make_job()
     bob.hello(job)
     bob.ask("evaluate", payload_of(blueprint(job).adapter))
     assert bob.told.startswith("policy.evaluation: ")
     bob.train(job)
     assert bob.told == ""
+
+
+def test_evaluation_stays_here_under_another_name_too(
+    node: MakeNode, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A method that evaluates when it is asked to train."""
+    monkeypatch.setattr(FedAvg, "answer", lambda self, ask, local, memory: Answer(metrics=local.evaluate()))
+    job = make_job()
+    for policy, wanted in ((Policy(), ""), (Policy(evaluation=False), "policy.evaluation: given an ask to evaluate")):
+        bob = node(policy)
+        bob.hello(job)
+        bob.train(job)
+        assert bob.told.startswith(wanted)
+        assert bool(bob.told) is bool(wanted)
+
+
+def test_nobody_is_met_outside_the_hours(node: MakeNode, make_job: MakeJob) -> None:
+    """It is 12:00."""
+    for hours, wanted in (("11:00-13:00", ""), ("13:00-11:00", "policy.hours: given an ask at 12:00")):
+        bob = node(Policy(hours=(hours,)))
+        bob.hello(make_job())
+        assert bob.told.startswith(wanted)
+        assert bool(bob.told) is bool(wanted)
 
 
 def test_rounds_of_a_day_over_restarts(node: MakeNode, make_job: MakeJob, tmp_path: Path) -> None:
@@ -443,6 +467,20 @@ def test_a_job_does_not_choose_by_which_column_rows_are_told_apart(node: MakeNod
     bob = node(data=rows(tmp_path, {"text": SECRET}, {"text": "the cat sat on the mat"}))
     bob.hello(make_job("data.client_column=text"))
     assert bob.told.startswith("policy.client_column: given data.client_column = 'text', allowed none")
+
+
+def test_columns_that_are_kept_back_are_not_read(node: MakeNode, make_job: MakeJob, tmp_path: Path) -> None:
+    """Turns of a chat that are none would be told as an error. Data is read for a hello or, after a restart, at work."""
+    own, job = rows(tmp_path, *[{"text": "the cat sat", "messages": SECRET}] * 2), make_job()
+    open_to_all = node(data=own)
+    open_to_all.hello(job)
+    assert "messages" in open_to_all.told
+    folder = tmp_path / "bob"
+    folder.mkdir()
+    for at_work in (False, True):
+        bob = node(Policy(columns=("text",)), folder, data=own)
+        bob.train(job) if at_work else bob.hello(job)
+        assert bob.told == ""
 
 
 @pytest.mark.parametrize(

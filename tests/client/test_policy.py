@@ -184,7 +184,7 @@ def test_sizes_have_an_end(key: str, most: int, make_job: MakeJob) -> None:
 
 
 def test_codecs_are_short(make_job: MakeJob) -> None:
-    """Long ones take long to read: here a minute, in spaces alone."""
+    """Long ones take long to read: here for hours, in spaces alone."""
     job = make_job()
     job = job.model_copy(update={"wire": job.wire.model_copy(update={"up": "a" + " " * 20_000 + "("})})
     assert refusal(Policy(), job).startswith("policy.stages: given a codec of 20002 characters, allowed 200")
