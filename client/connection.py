@@ -70,19 +70,8 @@ class Connection:
         if link.status == 412 and link.path == ACTIVATE:
             return (
                 f"{self.server} does not know this node, or counts it as connected already (answer 412): it was revoked, or is "
-                f"not registered there, and its operator sees it with `fedtune keys list`; or the server still counts an earlier "
-                f"connection as open, about a minute after a crash; or another client runs with the same bundle"
-            )
-        if link.status == 401 and ahead is not None and abs(ahead) >= TOLERANCE:
-            return (
-                f"the clocks of this machine and of {self.server} differ by {abs(ahead) / 60:.0f} minutes, allowed are "
-                f"{TOLERANCE / 60:.0f}; set the one that is wrong, such as with `timedatectl set-ntp true`"
-            )
-        if link.status == 412 and link.path == ACTIVATE:
-            return (
-                f"{self.server} does not let this node in (answer 412): the server still counts an earlier connection of this "
-                f"node as open (about a minute after a crash), or another client runs with the same bundle, or it was revoked "
-                f"(`fedtune keys list` there)"
+                f"not registered there, and its operator sees it with `fedtune keys list`; or the server still counts an "
+                f"earlier connection as open, about a minute after a crash; or another client runs with the same bundle"
             )
         if link.status == 401 or (link.path == ACTIVATE and link.status < 500):
             return (

@@ -108,7 +108,7 @@ def test_a_server_that_has_ended_is_told_from_one_that_cannot_be_reached(tmp_pat
         (Link(ACTIVATE, 401), True, Probe(True, clock=1.0), "does not know this node (answer 401): it was revoked, or is not"),
         (Link(ACTIVATE, 401), True, Probe(True, clock=-720.0), "differ by 12 minutes"),
         (Link(ACTIVATE, 400), False, Probe(True, clock=0.0), "does not know this node (answer 400)"),
-        (Link(ACTIVATE, 412), True, Probe(True, clock=0.0), "another client runs with the same bundle, or it was revoked"),
+        (Link(ACTIVATE, 412), True, Probe(True, clock=0.0), "or another client runs with the same bundle"),
         (Link("/v1/fleet/pull-messages", 503), True, Probe(True), "answers 503 to /v1/fleet/pull-messages"),
         (Link("/v1/fleet/pull-messages", 200, 900.0, 900.0), True, Probe(True), "has had no answer for more than 30 s"),
     ],
