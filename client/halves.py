@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from client.settings import Settings
 from client.told import ANSWERS, LINK
+from client.unanswered import OPEN
 from fedtune.security.handover import Bundle
 
 SECRET = "runtime.secret"  # between SuperNode and relay, new at each start
@@ -56,7 +57,8 @@ def _supernode(settings: Settings, bundle: Bundle | None, port: int) -> list[str
 
 
 def _relay(settings: Settings, port: int) -> list[str]:
-    files = {"secret": str(settings.folder / SECRET), "answers": str(settings.folder / ANSWERS)}
+    names = {"secret": SECRET, "answers": ANSWERS, "unanswered": OPEN}
+    files = {option: str(settings.folder / name) for option, name in names.items()}
     return _module("client.relay", *_options({"runtime": f"127.0.0.1:{port}", "trainer": str(settings.socket), **files}))
 
 

@@ -13,6 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,6 +24,7 @@ from client.app import SOCKET, app
 from client.runtime import Runtime, Task
 from client.told import Answers, plain
 from client.transport import checked
+from client.unanswered import Unanswered
 from client.waits import Waits
 from fedtune.errors import FedtuneError, UserError
 from fedtune.messages import from_record
@@ -37,13 +39,28 @@ GONE = 1.0  # seconds before a SuperNode that did not answer is asked again
 class Relay:
     """`serve()` for ever; `step()` looks once."""
 
-    def __init__(self, runtime: Runtime, trainer: Path, answers: Answers) -> None:
+    def __init__(self, runtime: Runtime, trainer: Path, answers: Answers, unanswered: Unanswered | None = None) -> None:
         self._runtime, self._trainer, self._answers = runtime, trainer, answers
+        self._unanswered = unanswered or Unanswered()
         self._waits, self._trouble = Waits(SHORTEST, LONGEST), ""
 
     def serve(self, sleep: Callable[[float], None] = time.sleep) -> NoReturn:
+        self.give_up_what_was_left()
         while True:
             sleep(self.step())
+
+    def give_up_what_was_left(self) -> None:
+        """The coordinator hears at once of an ask that a relay was killed over, and does not wait until its time is over."""
+        if left := self._unanswered.left():
+            token, came = left
+            self._unanswered.forget()
+            try:
+                with self._runtime.task(token) as task:
+                    task.came_before(came)
+                    task.fail("the relay was killed while the ask was answered")
+                log.warning("the relay before this one was killed while an ask was answered; the coordinator was told")
+            except Exception as error:  # the SuperNode was started again too: nothing is known of the task any more
+                log.warning("an ask that was left open could not be given up: %s", error)
 
     def step(self) -> float:
         """Answer a task if there is one. Seconds until the next look; no trouble ends this process."""
@@ -57,9 +74,11 @@ class Relay:
             return self._waits.next()
         try:
             with self._runtime.task(token) as task:
+                task.keep = partial(self._unanswered.keep, token)
                 self._answer(task)
         except Exception:  # the SuperNode has gone, or the run is over: nobody waits for this answer
             log.exception("an answer could not be given back")
+        self._unanswered.forget()
         self._waits.busy()
         return 0.0
 
@@ -102,7 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for each look
     given = _parser().parse_args(arguments)
     try:
-        relay = Relay(Runtime(given.runtime, _secret(given.secret)), checked(given.trainer), Answers(given.answers))
+        runtime, trainer = Runtime(given.runtime, _secret(given.secret)), checked(given.trainer)
+        relay = Relay(runtime, trainer, Answers(given.answers), Unanswered(given.unanswered))
     except UserError as error:
         log.error("%s", error)
         return 2
@@ -123,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--trainer", required=True, type=Path, help="the trainer's socket")
     parser.add_argument("--secret", type=Path, help="file that the SuperNode was given as --superexec-auth-secret-file")
     parser.add_argument("--answers", type=Path, help="file for a line about each answer")
+    parser.add_argument("--unanswered", type=Path, help="file for the task that is open")
     return parser
 
 

@@ -6,7 +6,7 @@ Flower's own functions do the work. Its retries are left out: they end the proce
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ from flwr.app import Context, Message
 from flwr.app.error import Error
 from flwr.common.constant import ErrorCode, SubStatus
 from flwr.common.serde import message_from_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
@@ -42,7 +43,7 @@ class Task(RuntimeHttpClient):
     """One message that this process has to answer; the SuperNode takes no other until then."""
 
     _came: Message | None = None  # without its content
-    _node: int = 0
+    keep: Callable[[bytes], None] | None = None  # is told of what came
 
     def pull(self) -> tuple[Message, Context]:
         """The FAB that comes with them is not looked at."""
@@ -53,8 +54,15 @@ class Task(RuntimeHttpClient):
         """Remembers what came, so that a content that cannot be read is answered too."""
         response = super().PullMessages(request)
         if response.messages_list:
-            self._came = message_from_proto(response.messages_list[0])
+            came = response.messages_list[0]
+            self._came = message_from_proto(came)
+            if self.keep:
+                self.keep(came.SerializeToString())
         return response
+
+    def came_before(self, came: bytes) -> None:
+        """To a relay before this one, which told its `keep`."""
+        self._came = message_from_proto(ProtoMessage.FromString(came))
 
     def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:
         """A task is there before the SuperNode has all of its message from the server. Flower asks again after 1, 2, 4 s."""

@@ -34,6 +34,7 @@ from client.relay import GONE, LONGEST, SHORTEST, Relay, main
 from client.runtime import Runtime
 from client.service import serve
 from client.told import Answers
+from client.unanswered import Unanswered
 from fedtune.envelope import Envelope, WireTensor
 from fedtune.messages import from_record, to_record
 from fedtune.paths import app_root
@@ -232,6 +233,70 @@ def test_contents_that_cannot_be_read_become_an_error_at_once_and_the_next_is_an
     node.put(to_record(Envelope({**ASK.header, "ask": "r3-1"}, ASK.tensors)), run_id=2)
     relay.step()
     assert from_record(node.reply().content).header["ask"] == "r3-1"
+
+
+def test_an_ask_that_a_relay_was_killed_over_is_an_error_as_soon_as_the_next_relay_starts(
+    node: SuperNode, folder: Path
+) -> None:
+    asked, go = threading.Event(), threading.Event()
+    file = folder / "open.json"
+
+    def answer(ask: Envelope) -> Envelope:
+        asked.set()
+        go.wait(30)
+        return Envelope({})
+
+    task = node.put(to_record(ASK))
+    command = [sys.executable, "-m", "client.relay", "--runtime", node.address, "--trainer", str(folder / "t.sock")]
+    (folder / "secret").write_bytes(SECRET)
+    command += ["--secret", str(folder / "secret"), "--unanswered", str(file)]
+    server = serve(answer, folder / "t.sock")
+    killed = subprocess.Popen(command, cwd=app_root(), stderr=subprocess.DEVNULL)
+    try:
+        assert asked.wait(60)
+    finally:
+        killed.kill()
+        killed.wait()
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert node.status_of(task)[0] == Status.RUNNING
+
+    with Runtime(node.address, SECRET) as runtime:
+        Relay(runtime, folder / "t.sock", Answers(None), Unanswered(file)).give_up_what_was_left()
+    reply = node.reply()
+    assert reply.error.reason == "the relay was killed while the ask was answered"
+    assert reply.metadata.reply_to_message_id == node.tree.object_id
+    assert node.status_of(task) == (Status.FINISHED, SubStatus.FAILED)
+    assert not file.exists()
+    go.set()
+    server.stop(grace=None).wait()
+
+
+@pytest.mark.usefixtures("trainer")
+def test_an_ask_that_was_answered_leaves_nothing_open(node: SuperNode, folder: Path) -> None:
+    file, kept = folder / "open.json", []
+
+    class Seen(Unanswered):
+        def forget(self) -> None:
+            kept.append(file.exists())
+            super().forget()
+
+    node.put(to_record(ASK))
+    with Runtime(node.address, SECRET) as runtime:
+        Relay(runtime, folder / "t.sock", Answers(None), Seen(file)).step()
+    assert (kept, file.exists()) == ([True], False)
+
+
+@pytest.mark.parametrize("left", ["", "{}", "[1]", '{"token": "t", "came": "zz"}', '{"token": "t", "came": "0a00"}'])
+def test_a_task_that_nobody_knows_any_more_does_not_keep_a_relay_from_starting(
+    node: SuperNode, folder: Path, left: str
+) -> None:
+    file = folder / "open.json"
+    file.write_text(left)
+    node.put(to_record(ASK))
+    with Runtime(node.address, SECRET) as runtime:
+        relay = Relay(runtime, folder / "t.sock", Answers(None), Unanswered(file))
+        relay.give_up_what_was_left()
+        assert runtime.acquire()
 
 
 @pytest.mark.usefixtures("trainer")
