@@ -29,7 +29,7 @@ from client.loading import load_tokenizer
 from client.policy import Policy
 from fedtune.base import base_hash, model_folder
 from fedtune.checks import Finding, Look, clock, disk, ram, versions, vram
-from fedtune.errors import DataError, ModelError, nearest
+from fedtune.errors import DataError, FedtuneError, ModelError, nearest
 from fedtune.job import Clients, Job
 from fedtune.needs import Needs
 from fedtune.paths import app_root
@@ -84,9 +84,13 @@ class Examined:
     def _needs(self) -> Needs:
         return Needs.of(self._job)
 
-    @property
-    def _name(self) -> str:
-        return self._keys.name if self.bundle else ""
+    @cached_property
+    def _name(self) -> str | None:
+        """None where the bundle, if one was given, cannot be read: that is said once, by `keys`."""
+        try:
+            return self._keys.name if self.bundle else ""
+        except (FedtuneError, OSError):
+            return None
 
     def guards(self) -> Iterator[Finding]:
         """Raised in a process of its own, which ends with them."""
@@ -109,13 +113,17 @@ class Examined:
         yield Finding("keys", result, found, "" if result == "ok" else "ask the coordinator for a new bundle")
 
     def server(self) -> Iterator[Finding]:
+        if self._name is None:
+            return
         seen = probe(self._keys.server, self._keys.ca)
         yield from self._reached(seen)
         if seen.reachable:
             yield clock(seen.clock, f"the clock of {self._keys.server}")
 
     def _reached(self, seen: Probe) -> Iterator[Finding]:
-        if seen.problem:
+        if seen.refused:
+            yield Finding("server", "warn", seen.problem or "", "a client that is started before its server waits for it")
+        elif seen.problem:
             yield Finding("server", "fail", seen.problem)
         else:
             until = f", its certificate holds until {seen.expires:%Y-%m-%d}" if seen.expires else ""
@@ -129,7 +137,7 @@ class Examined:
             if self.policy.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 yield Finding("policy", "warn", f"others can write {self.policy}", f"chmod go-w {self.policy}")
         if self.job:
-            rules.admit_job(self.job, Own(self._name, bool(self.model), bool(self.data)))
+            rules.admit_job(self.job, Own(self._name or "", bool(self.model), bool(self.data)))
             yield Finding("policy", "ok", "the job is allowed; hours and rounds of a day are looked at when it asks")
 
     def base(self) -> Iterator[Finding]:
@@ -166,11 +174,11 @@ class Examined:
 
     def _source(self) -> Source:
         found = clients_in(self._job.data, Clients())
-        if self._name not in found and len(found) > 1:
+        if self._name is not None and self._name not in found and len(found) > 1:
             raise DataError(
                 f"{self._job.data.path} holds {len(found)} clients, none of them '{self._name}'{nearest(self._name, found)}"
             )
-        return found.get(self._name) or next(iter(found.values()))
+        return found.get(self._name or "") or next(iter(found.values()))
 
     def memory(self) -> Iterator[Finding]:
         import torch

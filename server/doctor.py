@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +16,11 @@ from fedtune.errors import UserError
 from fedtune.job import Job
 from fedtune.needs import Needs
 from fedtune.security.addresses import address
-from fedtune.security.certificates import days_left, expires, names_in
+from fedtune.security.certificates import certificate_problem, days_left, expires, names_in
 from fedtune.security.coordinator_keys import CoordinatorKeys
+from fedtune.security.registry import ClientRecord
+from server.settings import HERE, require_address
+from server.waiting import wanted_of
 
 SOON = 30  # days
 PORT = 8000
@@ -29,6 +32,7 @@ class Examined:
     keys: Path
     job: Job | None = None
     port: int | None = None  # absent: that of the address in the keys
+    host: str = "0.0.0.0"  # to listen on
 
     def checks(self) -> dict[str, Look]:
         always: dict[str, Look] = {"versions": versions, "keys": self.keyed, "clients": self.clients, "port": self.listening}
@@ -55,8 +59,17 @@ class Examined:
             left, until = days_left(pem), f"{what} holds until {expires(pem):%Y-%m-%d}"
             result = "fail" if left < 0 else "warn" if left < SOON else "ok"
             yield Finding("keys", result, f"{until}, {left} days", "" if result == "ok" else mend)
-        names = ", ".join(names_in(certificate.read_bytes()))
-        yield Finding("keys", "ok", f"in {self.keys}, for {self._keys.address}; the certificate names {names}")
+        pems = ca.read_bytes(), certificate.read_bytes()
+        if all(days_left(pem) >= 0 for pem in pems):
+            yield self._of_this_server(*pems)
+
+    def _of_this_server(self, ca: bytes, certificate: bytes) -> Finding:
+        """Whether clients will take it for the one that they were told of."""
+        for host in (HERE.get(self.host, self.host), address(self._keys.address).host):
+            if problem := certificate_problem(certificate, ca, host):
+                return Finding("keys", "fail", problem)
+        names = ", ".join(names_in(certificate))
+        return Finding("keys", "ok", f"in {self.keys}, for {self._keys.address}; the certificate names {names}")
 
     def clients(self) -> Iterator[Finding]:
         known = self._keys.registry.clients()
@@ -65,21 +78,35 @@ class Examined:
         revoked = len(known) - len(active)
         words += f", {revoked} revoked" if revoked else ""
         wanted = (self.job.clients.count or 1) if self.job else 1
-        if len(active) < wanted:
+        if problem := self._named(known):
+            yield Finding("clients", "fail", words, problem)
+        elif len(active) < wanted:
             yield Finding("clients", "fail", f"{words}, the job wants {wanted}", "type `fedtune keys client NAME` for each")
         else:
             yield Finding("clients", "ok", words)
+
+    def _named(self, known: Mapping[str, ClientRecord]) -> str:
+        """What is wrong with the clients that the job wants by name."""
+        if self.job and self.job.clients.names:
+            try:
+                wanted_of(self.job, {name: bool(record.revoked) for name, record in known.items()})
+            except UserError as error:
+                return str(error)
+        return ""
 
     def listening(self) -> Iterator[Finding]:
         """The port is free, or a server of ours has it."""
         port = self.port or (address(self._keys.address).port if self.keys.exists() else PORT)
         try:
-            with socket.socket() as probe:
+            require_address(self.host)
+            with socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(("0.0.0.0", port))
+                probe.bind((self.host, port))
             yield Finding("port", "ok", f"{port} is free")
         except OSError as error:
-            if error.errno != errno.EADDRINUSE:
+            if error.errno == errno.EADDRNOTAVAIL:
+                yield Finding("port", "fail", f"{self.host} is no address of this machine", "--host 0.0.0.0 is all of them")
+            elif error.errno != errno.EADDRINUSE:
                 yield Finding("port", "fail", f"{port} cannot be listened on: {error.strerror}", "take another: --port")
             elif self._ours(port):
                 yield Finding("port", "ok", f"{port} is that of the server in {self.folder}")

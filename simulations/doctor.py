@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedtune.errors import UserError
+from server.commands import EVERYWHERE
 
 if TYPE_CHECKING:
     from fedtune.checks import Look
@@ -28,6 +29,7 @@ def doctor(
         Path | None, typer.Option(help="Coordinator: what `fedtune keys init` made; absent is keys in --dir.")
     ] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Coordinator: absent is that of its address.")] = None,
+    host: Annotated[str | None, typer.Option(help="Coordinator: IP address to listen on; absent is all.")] = None,
     bundle: Annotated[Path | None, typer.Option(help="Client: the folder that the coordinator handed over.")] = None,
     data: Annotated[str | None, typer.Option(help="Client: its data.")] = None,
     model: Annotated[str | None, typer.Option(help="Client: its base model.")] = None,
@@ -40,11 +42,13 @@ def doctor(
 
     resolved = _job(job, set_ or [])
     if any((bundle, data, model, policy)):
-        if keys or port:
-            raise UserError("--keys and --port are the coordinator's, the other options a client's: give those of one side")
+        if keys or port or host:
+            raise UserError(
+                "--keys, --host and --port are the coordinator's, the other options a client's: give those of one side"
+            )
         checks = _of_a_client(bundle, data, model, policy, resolved, folder)
     else:
-        checks = _of_a_coordinator(folder, keys, resolved, port)
+        checks = _of_a_coordinator(folder, keys, resolved, port, host or EVERYWHERE)
     findings = list(looked(checks))
     if json_:
         typer.echo(json.dumps([finding.as_json() for finding in findings], indent=1))
@@ -70,10 +74,10 @@ def _of_a_client(
     return Examined(bundle, data, model, policy, job, folder).checks()
 
 
-def _of_a_coordinator(folder: Path | None, keys: Path | None, job: Job | None, port: int | None) -> dict[str, Look]:
+def _of_a_coordinator(folder: Path | None, keys: Path | None, job: Job | None, port: int | None, host: str) -> dict[str, Look]:
     from server.doctor import Examined
 
     if folder is None and keys is None:
         raise UserError("wanted --dir or --keys of a coordinator, or --bundle, --data and --model of a client")
     place = folder or Path.cwd()
-    return Examined(place, keys or place / "keys", job, port).checks()
+    return Examined(place, keys or place / "keys", job, port, host).checks()
