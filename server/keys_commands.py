@@ -114,7 +114,8 @@ def list_(
     if json:
         typer.echo(codec.dumps(listing.as_json(), indent=1))
     else:
-        Console().print(keys_table(listing))
+        console = Console()
+        console.print(keys_table(listing, console.width))
 
 
 @rotate_app.command()

@@ -17,6 +17,8 @@ from fedtune.security.coordinator_keys import CoordinatorKeys
 from fedtune.security.keyfiles import read_public
 from fedtune.security.registry import ClientRecord
 
+WIDE = 100  # columns of a terminal
+COLUMNS = {"client": 0, "registered": 60, "revoked": 60, "fingerprint": 0, "note": WIDE}  # shown from this width on
 SOON = 30  # days: warn from here on
 RENEWAL = {"authority": "`fedtune keys init` in a new folder, and new bundles", "server": "`fedtune keys rotate server`"}
 
@@ -72,8 +74,9 @@ class Listing:
         return {"folder": str(self.folder), "address": self.address, "clients": clients, "certificates": dates}
 
 
-def keys_table(listing: Listing) -> RenderableType:
-    parts: list[RenderableType] = [_clients(listing), *(_line(*item) for item in listing.certificates.items())]
+def keys_table(listing: Listing, width: int = WIDE) -> RenderableType:
+    """In a narrow terminal without the notes, then without the dates; the fingerprint, to compare, is always whole."""
+    parts: list[RenderableType] = [_clients(listing, width), *(_line(*item) for item in listing.certificates.items())]
     if listing.here:
         still = ", ".join(sorted(listing.here))
         parts.append(
@@ -82,16 +85,27 @@ def keys_table(listing: Listing) -> RenderableType:
     return Group(*parts)
 
 
-def _clients(listing: Listing) -> RenderableType:
+def _clients(listing: Listing, width: int) -> RenderableType:
     if not listing.clients:
         return Text(f"{listing.address}: no client yet; `fedtune keys client NAME` makes one")
     table = Table(title=f"clients of {listing.address}", title_justify="left")
-    for column in ("client", "registered", "revoked", "fingerprint", "note"):
-        table.add_column(column)
+    shown = [name for name, least in COLUMNS.items() if width >= least]
+    for column in shown:
+        table.add_column(column, overflow="fold", no_wrap=column == "fingerprint")
     for record in listing.clients.values():
-        cells = (record.name, _day(record.registered), _day(record.revoked), record.fingerprint, record.note)
-        table.add_row(*(Text(cell) for cell in cells), style="dim" if record.revoked else "")
+        cells = _cells(record, dated="revoked" in shown)
+        table.add_row(*(Text(cells[column]) for column in shown), style="dim" if record.revoked else "")
     return table
+
+
+def _cells(record: ClientRecord, dated: bool) -> dict[str, str]:
+    return {
+        "client": record.name if dated or not record.revoked else f"{record.name} (revoked)",
+        "registered": _day(record.registered),
+        "revoked": _day(record.revoked),
+        "fingerprint": record.fingerprint,
+        "note": record.note,
+    }
 
 
 def _day(moment: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -21,7 +22,7 @@ from fedtune.security.coordinator_keys import CoordinatorKeys
 from fedtune.security.handover import Bundle
 from fedtune.security.keyfiles import public_text
 from server.keys_commands import add_to
-from server.keys_table import Listing, keys_table
+from server.keys_table import COLUMNS, Listing, keys_table
 
 Type = Callable[..., str]
 
@@ -162,6 +163,22 @@ def test_the_list_for_programs(type_: Type, made: CoordinatorKeys) -> None:
         },
     ]
     assert {name: date["days_left"] for name, date in told["certificates"].items()} == {"authority": 3649, "server": 396}
+
+
+@pytest.mark.parametrize(
+    ("width", "columns"),
+    [(40, ["client", "fingerprint"]), (60, ["client", "registered", "revoked", "fingerprint"]), (100, [*COLUMNS])],
+)
+def test_a_narrow_list_has_the_whole_fingerprint(width: int, columns: list[str], type_: Type, made: CoordinatorKeys) -> None:
+    type_("keys client north --note Ann")
+    type_("keys client south")
+    type_("keys revoke south")
+    page = StringIO()
+    Console(width=width, file=page).print(keys_table(Listing.of(made.folder), width))
+    head = next(line for line in page.getvalue().splitlines() if "fingerprint" in line)
+    assert re.findall(r"\w+", head) == columns
+    assert made.registry.client("north").fingerprint in page.getvalue()
+    assert ("(revoked)" in page.getvalue()) is (width == 40)
 
 
 def test_the_list_for_the_eye(type_: Type, made: CoordinatorKeys) -> None:
