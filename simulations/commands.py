@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="fedtune", no_args_is_help=True, add_completion=False, suggest_commands=False, pretty_exceptions_enable=False
 )
+HELP_ASKED = getattr(click.exceptions, "NoArgsIsHelpError", ())  # before click 8.2 the help is shown without an error
 LONGEST = 2000  # characters of an error
 SCENARIOS = app_root() / "simulations" / "scenarios"
 
@@ -59,7 +60,7 @@ def one_line_errors() -> Iterator[None]:
         _complain(error, 2)
     except FedtuneError as error:
         _complain(error, 1)
-    except click.exceptions.NoArgsIsHelpError as asked:
+    except HELP_ASKED as asked:
         asked.show()
         sys.exit(asked.exit_code)
     except click.ClickException as error:  # an option or an argument that there is not
