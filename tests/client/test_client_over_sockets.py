@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from client.said import GONE
 from fedtune.daemon import State
 from fedtune.errors import UserError
 from fedtune.job import checked_job
@@ -110,7 +111,7 @@ def test_clients_that_were_there_before_their_server_do_its_job_and_outlive_it(
                 assert "run run of the coordinator begun" in node.said.read_text()
                 assert "round 1: train answered in" in node.said.read_text()
         for node in nodes:
-            node.until(lambda state: state.phase == "waiting")
+            node.until(lambda state: state.phase == "waiting" and state.why == GONE)
 
         with FlowerProcesses(folder / "another", {"OMP_NUM_THREADS": "1"}) as flower:  # which does not know the nodes
             flower.superlink()
