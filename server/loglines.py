@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedtune.daemon import State, closed
 from fedtune.errors import UserError, nearest
+from fedtune.growing import Growing
 from fedtune.processes import CONTROL, tail
 
 POLL = 0.3  # seconds
@@ -51,24 +52,12 @@ def last_lines(log: Path, count: int) -> list[str]:
 
 def coming_lines(logs: dict[str, Path], alive: Callable[[], bool]) -> Iterator[tuple[str, str]]:
     """Process and line, as they are written, until nothing is alive that would write."""
-    seen = {name: log.stat().st_size for name, log in logs.items()}
+    growing = {name: Growing(log, log.stat().st_size) for name, log in logs.items()}
     going = True
     while going:
         going = alive()  # looked at first, so that its last words are read
-        for name, log in logs.items():
-            for line in _from(log, seen, name):
-                yield name, CONTROL.sub("", line)
+        for name, log in growing.items():
+            for line in log.new():
+                yield name, CONTROL.sub("", line.decode(errors="replace").rstrip("\n"))
         if going:
             time.sleep(POLL)
-
-
-def _from(log: Path, seen: dict[str, int], name: str) -> Iterator[str]:
-    """Whole lines after what was seen; a log that has become shorter is read anew."""
-    seen[name] = seen[name] if seen[name] <= log.stat().st_size else 0
-    with log.open("rb") as file:
-        file.seek(seen[name])
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
-            seen[name] += len(line)
-            yield line.decode(errors="replace").rstrip("\n")
