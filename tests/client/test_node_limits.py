@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from client.trainer import Trainer
 from client.doors import builder
+from client.trainer import Trainer
 from client.trainer_options import parser
 from fedtune.envelope import Envelope
 from fedtune.job import Job
