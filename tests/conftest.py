@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -25,6 +26,13 @@ CHAT_TEMPLATE = (
 def _one_thread() -> None:
     """Tiny matrices gain nothing from more, and sums in another order have other bits."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c() -> None:
+    """A shell starts what it puts into the background with SIGINT ignored, and that is inherited: a terminal does not."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,8 @@ def why_not() -> str:
         return "not root: can neither change users nor make namespaces"
     if missing := [tool for tool in TOOLS if not shutil.which(tool)]:
         return f"{', '.join(missing)} not installed"
+    if closed := [str(folder) for folder in _needed() if not folder.stat().st_mode & 1]:
+        return f"other users may not enter {', '.join(closed)}, where Python or this checkout lies"
     tried = subprocess.run(["unshare", "--mount", "--net", "true"], capture_output=True, text=True, check=False)
     return f"namespaces are forbidden: {tried.stderr.strip()}" if tried.returncode else ""
 
@@ -106,8 +108,7 @@ def _as_user(number: int, groups: Iterable[int]) -> list[str]:
 
 def _python_for_all(spare: Path) -> list[str]:
     """Python and this checkout may lie in a folder of root's: over it, one in which only they are."""
-    needed = {Path(folder).resolve() for folder in (sys.base_prefix, sys.prefix, app_root())}
-    closed = {folder: _closed_above(folder) for folder in needed}
+    closed = {folder: _closed_above(folder) for folder in _needed()}
     lines = []
     for number, (folder, above) in enumerate(closed.items()):
         if above:
@@ -117,6 +118,10 @@ def _python_for_all(spare: Path) -> list[str]:
         if above:
             lines += [f"mkdir -p {folder}", f"mount --bind {spare}/{number} {folder}"]
     return lines
+
+
+def _needed() -> set[Path]:
+    return {Path(folder).resolve() for folder in (sys.base_prefix, sys.prefix, app_root())}
 
 
 def _closed_above(folder: Path) -> Path | None:

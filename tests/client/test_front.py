@@ -51,6 +51,7 @@ def as_somebody(code: str, path: Path) -> str:
     """What it prints, in a process of its own: in this one the server would change its user, too."""
     start = """
 import os, socket, sys; from client.transport import carry; from fedtune.envelope import Envelope
+import grpc._channel  # that grpc would import at its first use, when this user may not read it any more
 path, number = sys.argv[1], int(sys.argv[2])
 os.setgroups([]); os.setgid(number); os.setuid(number)
 """
