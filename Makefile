@@ -25,9 +25,9 @@ demo: $(READY)  ## fine-tune a small language model across eight clients on this
 # A file of tests stays in one process: what it starts (Flower, browsers) is started once. Who names some tests wants those alone.
 WORKERS ?= 2
 FUZZ = OMP_NUM_THREADS=1 python -m tests.fuzz.fuzz_wire --seconds
-test: $(READY)  ## all tests, and the fuzzer for half a minute; some of them: make test ARGS="-k gate"
+test: $(READY)  ## all tests, and the fuzzer for 20 seconds; some of them: make test ARGS="-k gate"
 	OMP_NUM_THREADS=1 pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
-	$(if $(filter -k -m tests/%,$(ARGS)),,$(FUZZ) 30)
+	$(if $(filter -k -m tests/%,$(ARGS)),,$(FUZZ) 20)
 
 SECONDS ?= 600
 fuzz: $(READY)  ## bytes from anywhere for the decoders of the wire; for an hour: make fuzz SECONDS=3600
