@@ -29,7 +29,9 @@ def meet(grid: Grid, job: Job, plan: Blueprint, post: Post = OPEN) -> tuple[dict
     clients: dict[str, ClientInfo] = {}
     nodes: dict[str, int] = {}
     left_out = []
-    for reply in exchange(grid, dict.fromkeys(grid.get_node_ids(), hello), job.rounds.timeout, post):
+    wanted = job.clients.count or 1
+    asks = dict.fromkeys(grid.get_node_ids(), hello)
+    for reply in exchange(grid, asks, job.rounds.timeout, post, enough=wanted):  # one that is wanted and away may come back
         try:
             info = _introduced(reply, plan.adapter.base)
             _require_possible(info, job, plan)
@@ -42,7 +44,6 @@ def meet(grid: Grid, job: Job, plan: Blueprint, post: Post = OPEN) -> tuple[dict
         else:
             clients[info.id], nodes[info.id] = info, reply.node
     clients = {id: _with_the_job(info, job, plan) for id, info in clients.items()}
-    wanted = job.clients.count or 1
     if len(clients) < wanted:
         reasons = f": {'; '.join(left_out)}" if left_out else ""
         raise RoundFailed(f"{len(clients)} clients can take part, wanted {wanted} (clients.count){reasons}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pytest
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
 
 from client.trainer import Trainer
 from fedtune.base import blueprint
@@ -84,3 +86,28 @@ def test_who_can_afford_what_nobody_can_is_left_out(claim: object, reason: str, 
     job = make_job("clients.count=3")
     with pytest.raises(RoundFailed, match=rf"2 clients can take part, wanted 3 \(clients.count\): .*{reason}"):
         meet(InProcessGrid(trainer), job, blueprint(job))
+
+
+class Patchy(InProcessGrid):
+    """The first message to each of the first `lost` nodes comes back as one of a node that is away."""
+
+    def __init__(self, trainer: Trainer, lost: int) -> None:
+        super().__init__(trainer)
+        self.left = dict.fromkeys(self.get_node_ids()[:lost], 1)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return [self._lost(message) for message in super().pull_messages(message_ids)]
+
+    def _lost(self, message: Message) -> Message:
+        node = message.metadata.src_node_id
+        if not self.left.get(node):
+            return message
+        self.left[node] -= 1
+        return Message(metadata=message.metadata, error=Error(code=ErrorCode.NODE_UNAVAILABLE, reason="no heartbeat"))
+
+
+def test_a_client_that_is_wanted_and_away_is_greeted_when_it_is_back(make_job: MakeJob) -> None:
+    """As after a restart of the server, when nodes of before count as connected and are not yet."""
+    job = make_job("clients.count=3")
+    clients, _ = meet(Patchy(Trainer.for_simulation(job), lost=3), job, blueprint(job))
+    assert set(clients) == {"ann", "bob", "cy"}
