@@ -89,25 +89,24 @@ def test_who_can_afford_what_nobody_can_is_left_out(claim: object, reason: str, 
 
 
 class Patchy(InProcessGrid):
-    """The first message to each of the first `lost` nodes comes back as one of a node that is away."""
+    """The first message comes back as one to a node that is away, and at the next look the node is not there."""
 
-    def __init__(self, trainer: Trainer, lost: int) -> None:
-        super().__init__(trainer)
-        self.left = dict.fromkeys(self.get_node_ids()[:lost], 1)
+    lost, gone = False, False
+
+    def get_node_ids(self) -> list[int]:
+        gone, self.gone = self.gone, False
+        return [] if gone else super().get_node_ids()
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        return [self._lost(message) for message in super().pull_messages(message_ids)]
-
-    def _lost(self, message: Message) -> Message:
-        node = message.metadata.src_node_id
-        if not self.left.get(node):
-            return message
-        self.left[node] -= 1
-        return Message(metadata=message.metadata, error=Error(code=ErrorCode.NODE_UNAVAILABLE, reason="no heartbeat"))
+        messages = super().pull_messages(message_ids)
+        if self.lost or not messages:
+            return messages
+        self.lost = self.gone = True
+        return [Message(metadata=messages[0].metadata, error=Error(code=ErrorCode.NODE_UNAVAILABLE, reason="no heartbeat"))]
 
 
 def test_a_client_that_is_wanted_and_away_is_greeted_when_it_is_back(make_job: MakeJob) -> None:
     """As after a restart of the server, when nodes of before count as connected and are not yet."""
     job = make_job("clients.count=1")
-    clients, _ = meet(Patchy(Trainer.for_simulation(job), lost=1), job, blueprint(job))
+    clients, _ = meet(Patchy(Trainer.for_simulation(job)), job, blueprint(job))
     assert set(clients) == {"ann"}
