@@ -40,13 +40,6 @@ class Peer:
         return f"user {self.uid}, process {self.pid}"
 
 
-def peer_of(path: Path) -> Peer:
-    """Who listens on this socket. Raises OSError where nobody does."""
-    with socket.socket(socket.AF_UNIX) as end:
-        end.connect(str(path))
-        return Peer.at(end)
-
-
 class Front:
     """Takes over a listening socket. After `close()` nobody else comes in, and who is in may finish."""
 

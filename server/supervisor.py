@@ -20,11 +20,10 @@ from fedtune.errors import FedtuneError, RoundFailed
 from fedtune.job import Job
 from fedtune.processes import Processes, end, past_proxies, started_in
 from fedtune.security.keyfiles import make_folder, write_private
-from fedtune.tending import Tending
+from fedtune.tending import Tending, ending
 from server.enrolment import Anybody, Enrolment, Standing
 from server.flower_control import Control, NoSuperLink
 from server.following import Progress, as_seen_anywhere, ended
-from server.loglines import last_lines
 from server.playing import Playing
 from server.records import RoundRecord, Watcher
 from server.settings import SECRET, Settings
@@ -107,9 +106,7 @@ class Server:
         """Whether the SuperLink has ended since the last time."""
         fallen = self._tending.tend()
         for name in fallen:
-            log = self._processes.log(name)
-            code, last = self._tending.exit_code(name), " ".join(last_lines(log, 2))
-            self._tell(f"{name} ended with exit code {code} and is started again; its last words in {log}: {last}", True)
+            self._tell(f"{name} {self._tending.how_it_ended(name)}; it is started again", True)
         self._said.say(processes=self._processes_as_json())
         return bool(fallen)
 
@@ -140,9 +137,8 @@ class Server:
             self._again()
             if ended(self._control, run) is None:
                 raise RoundFailed(
-                    f"the SuperLink ended with exit code {self._tending.exit_code('superlink')} in the midst of the run, "
-                    f"which was lost with it; finished rounds are in {self._settings.run}, the reason is in "
-                    f"{self._processes.log('superlink')}"
+                    f"the SuperLink {ending(self._tending.exit_code('superlink') or 0)} in the midst of the run, which was "
+                    f"lost with it; finished rounds are in {self._settings.run}, its log is {self._processes.log('superlink')}"
                 )
         self.look()
 

@@ -113,9 +113,10 @@ def _threads(job: Job, clients: int) -> list[str]:
 
 def _last_words(processes: Processes, names: Sequence[str]) -> str:
     from fedtune.processes import tail
+    from fedtune.tending import last_words
 
     ended = [name for name in names if processes.ended(name) is not None]
-    return "".join(f"; {name} ended: {tail(processes.log(name), 300).strip()}" for name in ended)
+    return "".join(f"; {name} ended: {last_words(tail(processes.log(name), 2000))}" for name in ended)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from client.front import Front, Peer, peer_of
+from client.front import Front
 from client.service import serve
 from client.transport import carry
 from fedtune.envelope import Envelope, WireTensor
@@ -218,11 +218,3 @@ def test_when_the_server_behind_it_is_gone_the_door_says_so_and_closes(socket: P
         assert client.recv(1) == b""
         front.close()
     assert "No such file" in caplog.text
-
-
-def test_who_listens_can_be_asked_before_anything_is_sent(socket: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        peer_of(socket)
-    serving = serve(echo, socket)
-    assert peer_of(socket) == Peer(os.getpid(), os.geteuid(), os.getegid())
-    serving.stop(None).wait()
