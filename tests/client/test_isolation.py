@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from client.front import peer_of
+from client.front import Peer
 from fedtune.security.coordinator_keys import CoordinatorKeys
 from fedtune.security.handover import make_bundle
 from tests.client.sandbox import USERS, Machine, directives, why_not
@@ -169,9 +169,15 @@ def running(machine: Machine, unit: str) -> Iterator[Path]:
     assert not path.exists(), "the trainer was not ended, or not by its own hand"
 
 
+def listening_at(path: Path) -> Peer:
+    with socket.socket(socket.AF_UNIX) as end:
+        end.connect(str(path))
+        return Peer.at(end)
+
+
 def test_a_trainer_started_by_its_unit_has_no_network_and_answers_the_relay_s_user_alone(machine: Machine, port: int) -> None:
     with running(machine, TRAINER) as path:
-        trainer = peer_of(path)
+        trainer = listening_at(path)
         assert trainer.uid == USERS["fedtune-trainer"]
         inside = ["nsenter", "--net", f"--target={trainer.pid}", sys.executable, "-c", CONNECTS, str(port)]
         assert json.loads(subprocess.run(inside, capture_output=True, check=True).stdout) is False
