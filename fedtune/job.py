@@ -23,6 +23,7 @@ from fedtune.job_sections import (
     AdapterSettings,
     Clients,
     Data,
+    Gate,
     Machine,
     Model,
     Rounds,
@@ -54,6 +55,7 @@ class Job(Section):
     clients: Clients = Clients()
     train: Train = Train()
     rounds: Rounds = Rounds()
+    gate: Gate = Gate()
     strategy: StrategySettings = StrategySettings()
     wire: WireSettings = WireSettings()
     security: Security = Security()

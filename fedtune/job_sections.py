@@ -157,6 +157,36 @@ class Rounds(Section):
     quorum: float = Field(0.5, gt=0, le=1, description="share of the cohort that must answer, else the run stops")
     timeout: PositiveFloat = Field(3600.0, description="seconds to wait for the answers of a round")
     max_weight: PositiveFloat = Field(1e9, description="an answer that claims a larger weight is refused")
+    without_quorum: Literal["stop", "wait"] = Field(
+        "stop", description="at the deadline with too few answers: end the run, or ask those who failed again until enough came"
+    )
+    oversample: float = Field(1.0, ge=1, description="clients asked for each one wanted; who comes after enough is late")
+    late: Literal["drop", "next_round"] = Field(
+        "drop", description="of answers that come after their round; next_round: they count there, by staleness"
+    )
+    staleness: float = Field(
+        0.5, ge=0, description="a late answer's weight is divided by (1 + rounds that it is late) to this power"
+    )
+    mode: Literal["synchronous", "buffered"] = Field(
+        "synchronous", description="buffered: a round is over when rounds.buffer answers have come, and nobody waits for others"
+    )
+    buffer: PositiveInt | None = Field(None, description="answers of a buffered round; absent is half of rounds.clients")
+    keep: PositiveInt | None = Field(None, description="rounds whose adapters stay on disk; absent is all")
+    max_rise: PositiveFloat | None = Field(
+        1.0, description="nats by which the held-out loss may rise in a round; beyond it, or NaN, the round is rolled back"
+    )
+
+
+class Gate(Section):
+    """What an answer must keep to beside its shape. What is refused lies in the run folder's `quarantine`, with its reason."""
+
+    max_norm: PositiveFloat | None = Field(None, description="norm of a client's update, beyond which it is refused")
+    max_ratio: NonNegativeFloat = Field(
+        30.0, description="norm of an update over the median of the cohort's, beyond which it is refused; 0 is no limit"
+    )
+    refusals: PositiveInt = Field(3, description="refused answers in a row after which a client sits out")
+    sits_out: NonNegativeInt = Field(5, description="rounds that such a client sits out; 0 is none")
+    quarantine: NonNegativeInt = Field(20, description="refused answers that are kept; the oldest go first")
 
 
 class StrategySettings(BaseModel):

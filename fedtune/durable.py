@@ -1,0 +1,44 @@
+"""Files that outlive a crash: whole or not there, and on the disk, not only in its cache, before anybody counts on them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def write(path: Path, pieces: Iterable[bytes]) -> None:
+    """Who reads `path` sees the old content or the new one, whatever happens meanwhile. Raises OSError, and leaves the old."""
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        with temporary.open("wb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(folder: Path) -> None:
+    """The names in it: a file that was made, renamed or removed there is so after a power cut too."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def sync_tree(folder: Path) -> None:
+    """A folder with all that lies in it, written by somebody else."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # what lies deeper comes first
+        if path.is_symlink():
+            continue
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+    sync(folder)
