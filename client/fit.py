@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from client.data.batches import collate
 from client.data.examples import Example
 from client.masters import Masters
 from client.model import ResidentModel
+from client.room import lowered, within_memory
 from fedtune.adapter import Adapter, scaled
 from fedtune.job import Train
 from fedtune.strategy import Penalty
@@ -28,7 +30,8 @@ def fit(
     masters: Masters | None = None,
 ) -> dict[str, float]:
     """`steps` gradient steps from a fresh optimiser; returns the mean `loss` (nats per token), `steps`, `examples` and
-    `lr_sum`, the rates of all steps added. `penalty` is of the adapter in training, and added to the loss of every step."""
+    `lr_sum`, the rates of all steps added; and `micro_batch`, where memory was too short for the one that was asked for.
+    `penalty` is of the adapter in training, and added to the loss of every step."""
     masters = masters or Masters({str(number): one for number, one in enumerate(resident.trainable())})
     optimizer = make_optimizer(masters.all, train, peak_lr)
     resident.peft.train()
@@ -37,10 +40,7 @@ def fit(
         rate = peak_lr * lr_factor(step, steps, train)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        losses.append(accumulate(resident, batch, train.micro_batch or len(batch)))
-        if penalty is not None:
-            penalty(resident.live()).backward()
-        masters.take_gradients()
+        losses.append(_gradients(resident, batch, train.micro_batch, penalty, masters))
         if train.clip:
             nn.utils.clip_grad_norm_(masters.all, train.clip)
         optimizer.step()
@@ -48,19 +48,49 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         seen, rates = seen + len(batch), rates + rate
     loss = torch.stack(losses).mean().item() if losses else math.nan
-    return {"loss": loss, "steps": float(len(losses)), "examples": float(seen), "lr_sum": rates}
+    return {"loss": loss, "steps": float(len(losses)), "examples": float(seen), "lr_sum": rates, **lowered(resident)}
+
+
+def _gradients(
+    resident: ResidentModel, batch: Sequence[Example], micro_batch: int | None, penalty: Penalty | None, masters: Masters
+) -> Tensor:
+    """Those of one step, left where the optimiser looks; returns the batch's loss."""
+
+    def attempt(size: int) -> Tensor:
+        loss = accumulate(resident, batch, size)
+        if penalty is not None:
+            penalty(resident.live()).backward()
+        masters.take_gradients()
+        return loss
+
+    def drop() -> None:
+        for parameter in (*resident.peft.parameters(), *masters.all):
+            parameter.grad = None
+
+    return within_memory(resident, "training", micro_batch or len(batch), attempt, drop)
 
 
 def gradient(resident: ResidentModel, batches: Iterable[Sequence[Example]], micro_batch: int | None) -> Adapter:
     """Of the mean loss over the batches, by what is trainable in the slot."""
     resident.peft.train()
-    count = 0
-    for batch in batches:
-        accumulate(resident, batch, micro_batch or len(batch))
-        count += 1
+    given = list(batches)
+
+    def attempt(size: int) -> None:
+        for batch in given:
+            accumulate(resident, batch, size)
+
+    def drop() -> None:
+        resident.peft.zero_grad(set_to_none=True)
+
+    within_memory(resident, "training", micro_batch or longest(given), attempt, drop)
     summed = resident.gradient()
-    resident.peft.zero_grad(set_to_none=True)
-    return scaled(summed, 1 / max(count, 1))
+    drop()
+    return scaled(summed, 1 / max(len(given), 1))
+
+
+def longest(batches: Iterable[Sequence[Example]]) -> int:
+    """Examples of the largest batch."""
+    return max(map(len, batches), default=1)
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], train: Train, lr: float) -> torch.optim.Optimizer:
@@ -118,8 +148,21 @@ def evaluate(resident: ResidentModel, examples: Sequence[Example], batch: int) -
     and `tokens`, how many predictions that was. Empty where there is nothing to evaluate."""
     require_evaluation()
     resident.peft.eval()
-    loss, right, count = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+    sums = torch.zeros(3, dtype=torch.float64)
     for part in _in_batches(sorted(examples, key=lambda e: -len(e.input_ids)), batch):
+        sums += within_memory(resident, "evaluation", len(part), partial(_evaluated, resident, part))
+    loss, right, count = sums.tolist()
+    if not count:
+        return {}
+    accuracy = "token_accuracy" if resident.causal else "accuracy"
+    figures = {"loss": loss / count, accuracy: right / count, "tokens": count}
+    return figures | ({"perplexity": perplexity(loss / count)} if resident.causal else {})
+
+
+def _evaluated(resident: ResidentModel, examples: Sequence[Example], size: int) -> Tensor:
+    """(3,): the summed loss of all predictions, how many were right, how many there were."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    for part in _in_batches(examples, size):
         check()
         inputs = on_device(collate(part, resident.pad), resident.device)
         labels = inputs.pop("labels")  # (b, t), or (b,) for classification
@@ -127,15 +170,11 @@ def evaluate(resident: ResidentModel, examples: Sequence[Example], batch: int) -
             logits = resident.peft(**inputs).logits  # (b, t, v), or (b, classes)
         if resident.causal:
             logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        loss += nn.functional.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum").cpu()
-        right += ((logits.argmax(-1) == labels) & (labels != -100)).sum().cpu()
-        count += (labels != -100).sum().cpu()
-    if not count:
-        return {}
-    mean = (loss / count).item()
-    accuracy = "token_accuracy" if resident.causal else "accuracy"
-    figures = {"loss": mean, accuracy: (right / count).item(), "tokens": count.item()}
-    return figures | ({"perplexity": perplexity(mean)} if resident.causal else {})
+        learnt = labels != -100
+        right = (logits.argmax(-1) == labels) & learnt
+        loss = nn.functional.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+        sums += torch.stack([loss, right.sum().float(), learnt.sum().float()]).cpu()
+    return sums
 
 
 def perplexity(loss: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from client.data.examples import Example
 from client.fit import lr_factor
 from client.place import Place
+from client.room import lowered, within_memory
 from fedtune.directions import Directions
 from fedtune.errors import ClientFailed
 from fedtune.job import Train
@@ -34,7 +36,7 @@ class SeededModel:
     seen: int = 0
 
     def __post_init__(self) -> None:
-        self.lr, self.place.micro_batch = self.train.lr, self.train.micro_batch
+        self.lr = self.train.lr
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -51,10 +53,18 @@ class SeededModel:
         self._require_something(directions)
         self.place.batch = next(self.batches)
         self.seen += len(self.place.batch)
+        wanted = self.train.micro_batch or len(self.place.batch)
+        attempt = partial(self._slopes, directions, seeds, estimate)
+        found, loss = within_memory(self.place.resident, "forward passes", wanted, attempt)
+        self.losses.append(loss)
+        return found
+
+    def _slopes(self, directions: Directions, seeds: Sequence[int], estimate: Estimate, size: int) -> tuple[list[float], float]:
+        """All with `size` examples at a time, since a slope is a difference of losses: and the passes' mean loss."""
+        self.place.micro_batch = size
         passes: list[float] = []
         found = slopes(self.place, lambda: self._noted(passes), directions, seeds, estimate)
-        self.losses.append(sum(passes) / len(passes) if passes else math.nan)
-        return found
+        return found, sum(passes) / len(passes) if passes else math.nan
 
     def move(self, change: Part, scale: float) -> None:
         self.place.move(change, scale, self.draw)
@@ -70,6 +80,7 @@ class SeededModel:
         finite = [loss for loss in self.losses if math.isfinite(loss)]
         rates = self.schedule()[: len(self.losses)]
         figures = {"steps": float(len(self.losses)), "examples": float(self.seen), "lr_sum": self.lr * sum(rates)}
+        figures |= lowered(self.place.resident)
         return figures | ({"loss": sum(finite) / len(finite)} if finite else {})
 
     def _require_something(self, directions: Directions) -> None:

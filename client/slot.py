@@ -37,9 +37,9 @@ class Slot(Place):
     @contextmanager
     def shifted(self, change: Combination, scale: float) -> Iterator[None]:
         kept = {name: parameter.data for name, parameter in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            parameter.data = change.added_to(name, parameter, scale)
         try:
+            for name, parameter in self.parameters.items():
+                parameter.data = change.added_to(name, parameter, scale)
             yield
         finally:
             for name, parameter in self.parameters.items():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 
 from client.costs import measured_costs
 from client.data.examples import Example
-from client.fit import accumulate, fit, losses
+from client.fit import accumulate, fit, longest, losses
 from client.gradients import Gradients
 from client.masters import Masters
 from client.model import ResidentModel
+from client.room import within_memory
 from client.slot_tensors import SlotTensors
 from client.weights import OwnWeights
 from fedtune.job import Train
@@ -57,20 +59,34 @@ class TrainableModel:
         return {name: self._trained[name].clone() if name in self._trained else self._now(name) for name in names}
 
     def probe(self, names: Collection[str], batches: int, signal: bool = False) -> Mapping[str, Probe]:
+        given = list(islice(self.batches(), batches))
         with self.seeded(), self.resident.recomputing(self.memory < math.inf), self.alone(names) as parameters:
             self.resident.peft.train()
-            gradients = Gradients(parameters, signal)
-            for batch in islice(self.batches(), batches):
-                micro = self.train.micro_batch or len(batch)
-                with gradients.of_one_batch(whole=micro >= len(batch)):
-                    accumulate(self.resident, batch, micro)
-            return gradients.probes()
+            attempt = partial(self._probed, parameters, given, signal)
+            return within_memory(
+                self.resident, "training", self._at_a_time(given), attempt, partial(_drop, parameters.values())
+            )
+
+    def _probed(
+        self, parameters: Mapping[str, nn.Parameter], batches: Sequence[Sequence[Example]], signal: bool, size: int
+    ) -> Mapping[str, Probe]:
+        gradients = Gradients(parameters, signal)
+        for batch in batches:
+            with gradients.of_one_batch(whole=size >= len(batch)):
+                accumulate(self.resident, batch, size)
+        return gradients.probes()
 
     @torch.no_grad()
     def loss(self, batches: int) -> float:
         self.resident.peft.eval()
         given = list(islice(self.batches(), batches))
-        return sum(part.item() for batch in given for part in losses(self.resident, batch, self.train.micro_batch)) / len(given)
+        return within_memory(self.resident, "forward passes", self._at_a_time(given), partial(self._mean_loss, given))
+
+    def _mean_loss(self, batches: Sequence[Sequence[Example]], size: int) -> float:
+        return sum(part.item() for batch in batches for part in losses(self.resident, batch, size)) / len(batches)
+
+    def _at_a_time(self, batches: Sequence[Sequence[Example]]) -> int:
+        return self.train.micro_batch or longest(batches)
 
     def fit(self, names: Collection[str]) -> Mapping[str, float]:
         self.place.will_change(names)
@@ -91,18 +107,24 @@ class TrainableModel:
         """Only these need a gradient: so no activations are kept below the lowest of them."""
         before = {parameter: parameter.requires_grad for parameter in self.resident.peft.parameters()}
         wanted = {name: self.place.parameters[name] for name in names}
+        _drop(before)  # of a training that broke off
         for parameter in before:
-            parameter.grad = None  # of a training that broke off
             parameter.requires_grad_(False)
         for parameter in wanted.values():
             parameter.requires_grad_(True)
         try:
             yield wanted
         finally:
+            _drop(before)
             for parameter, needed in before.items():
-                parameter.grad = None
                 parameter.requires_grad_(needed)
 
     def _now(self, name: str) -> Tensor:
         start: Any = self.place.start.get(name)
         return (self.place.parameters[name] if start is None else start).detach().to("cpu", torch.float32, copy=True)
+
+
+def _drop(parameters: Iterable[nn.Parameter]) -> None:
+    """Their gradients."""
+    for parameter in parameters:
+        parameter.grad = None
