@@ -1,7 +1,7 @@
-"""The three doors of the trainer that an ask comes through, one behind the other.
+"""The doors of the trainer that an ask comes through, one behind the other.
 
-It must be the coordinator's own (client/signed.py), the policy must allow it (client/obedient.py), and there must be a job
-(client/resident.py).
+It must be the coordinator's own (client/signed.py), and a new one (client/remembering.py); the policy must allow it
+(client/obedient.py), and there must be a job (client/resident.py).
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ from collections.abc import Callable
 from typing import Any
 
 from client.admission import Own
+from client.health import saying, trainer_health
 from client.obedient import Admitting, Obedient
 from client.policy import Policy
+from client.remembering import Remembering
 from client.resident import Answers, Resident
 from client.signed import Signed
 from fedtune.errors import UserError
+from fedtune.health import Health
 from fedtune.job import Job
 from fedtune.security.handover import Bundle
 
 
-def doors_of(given: argparse.Namespace) -> Answers:
-    """Raises UserError, before anything listens."""
+def doors_of(given: argparse.Namespace, health: Health | None = None) -> Answers:
+    """`health` is told whether there is a job. Raises UserError, before anything listens."""
     bundle = Bundle.load(given.bundle, "trainer") if given.bundle else None
     given.client = given.client or (bundle.name if bundle else None)
     if not given.client:
@@ -33,8 +36,10 @@ def doors_of(given: argparse.Namespace) -> Answers:
     if policy.end_to_end and not bundle:
         raise UserError(f"policy.end_to_end = true in {given.policy} needs --bundle: with --insecure no answer is sealed")
     own = Own(given.client, model=bool(given.model), data=bool(given.data))
-    obedient = Obedient(Resident(Admitting(builder(given), policy, own), given.dir), policy, given.dir)
-    return Signed(obedient, bundle, given.dir, must_seal=policy.end_to_end) if bundle else obedient
+    build = saying(Admitting(builder(given), policy, own), health or trainer_health())
+    obedient = Obedient(Resident(build, given.dir), policy, given.dir)
+    door = Remembering(obedient, given.dir, given.client, obedient.may_repeat) if given.dir else obedient
+    return Signed(door, bundle, given.dir, must_seal=policy.end_to_end) if bundle else door
 
 
 def builder(given: argparse.Namespace) -> Callable[[dict[str, Any]], Answers]:

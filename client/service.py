@@ -1,4 +1,4 @@
-"""The trainer's gRPC server: one unix socket, for the user ids that may ask, and one ask at a time."""
+"""The trainer's gRPC server: one unix socket, for the user ids that may ask, one ask at a time, and its health beside."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ import grpc
 
 from client import trainer_pb2, trainer_pb2_grpc
 from client.front import Front
+from client.health import trainer_health
 from client.transport import OPTIONS, checked, failure, from_proto, to_proto
 from fedtune.envelope import Envelope
 from fedtune.errors import MalformedMessage, UserError
+from fedtune.health import Health
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +47,12 @@ class Service(trainer_pb2_grpc.TrainerServicer):
 class Serving:
     """A server at work behind its front door."""
 
-    def __init__(self, server: grpc.Server, front: Front, socket: Path, folder: Path) -> None:
-        self._server, self._front, self._socket, self._folder = server, front, socket, folder
+    def __init__(self, server: grpc.Server, front: Front, socket: Path, folder: Path, health: Health) -> None:
+        self._server, self._front, self._socket, self._folder, self._health = server, front, socket, folder, health
 
     def stop(self, grace: float | None) -> threading.Event:
         """Set when all is over; what is being answered gets `grace` seconds."""
+        self._health.end()
         self._front.close()
         self._socket.unlink(missing_ok=True)
         over = self._server.stop(grace)
@@ -65,11 +68,12 @@ def serve(
     socket: Path,
     peers: Collection[int] | None = None,
     group: str | int | None = None,
+    health: Health | None = None,
 ) -> Serving:
     """A started server. A second ask waits until the first is answered: there is one model.
 
     `peers` are the user ids that may ask; without it, this process's own. For others, `group` is one that they are in: it may
-    open the socket then.
+    open the socket then. `health` is told beside, whatever is at work.
     """
     socket = checked(socket)
     _refuse_a_second_trainer(socket)
@@ -77,10 +81,12 @@ def serve(
     folder = Path(tempfile.mkdtemp(prefix="fedtune-"))  # for its owner alone
     server = grpc.server(ThreadPoolExecutor(max_workers=1, thread_name_prefix="trainer"), options=OPTIONS)
     trainer_pb2_grpc.add_TrainerServicer_to_server(Service(answer), server)
+    health = health or trainer_health()
+    health.add_to(server)
     server.add_insecure_port(f"unix:{checked(folder / 'grpc.sock')}")
     server.start()
     front = Front(listener, folder / "grpc.sock", {os.geteuid()} if peers is None else peers)
-    return Serving(server, front, socket, folder)
+    return Serving(server, front, socket, folder, health)
 
 
 def _refuse_a_second_trainer(socket: Path) -> None:

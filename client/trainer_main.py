@@ -29,10 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     tell_guards(raise_guards(other_users=given.relay_user is not None), given.dir)
     from client.doors import doors_of
+    from client.health import trainer_health
     from client.service import serve
 
+    health = trainer_health()
     try:
-        server = serve(doors_of(given).answer, given.socket, *peers_of(given.relay_user))
+        server = serve(doors_of(given, health).answer, given.socket, *peers_of(given.relay_user), health)
     except UserError as error:
         log.error("%s", error)
         return 2
