@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from fedtune.envelope import Envelope
 from fedtune.errors import MALFORMED, ClientFailed, FedtuneError
 from fedtune.messages import from_record, to_record
+from server.patience import patiently
 from server.post import OPEN, Post
 from server.report_units import one_line
 from server.tally import LONGEST_REASON
@@ -22,8 +23,14 @@ MESSAGE_TYPE = "query"
 SHORTEST_WAIT, LONGEST_WAIT = 0.05, 0.5  # seconds between polls; it doubles while nothing comes
 SLACK = 10.0  # seconds that the SuperLink's clock may differ from ours
 AWAY = "its node is not connected"
-LOST = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE)  # the connection, not the client, is to blame
+LOST = (  # the connection, or a process that was killed, is to blame, and not the client
+    ErrorCode.NODE_UNAVAILABLE,
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.CLIENT_APP_CRASHED,
+)
 MOST_TIMES = 5  # that a node is asked the same
+OVERDUE, SLOWER = 30.0, 4.0  # seconds without an answer, and times the slowest so far, after which a node is asked again
+UNKNOWN = 1 / 8  # of the timeout, while no answer has come yet
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,8 @@ def exchange(
     """One reply for each node that was asked, in the order in which they come; at the deadline, the missing ones.
 
     A node whose connection is lost is asked again when it is back, as long as others are still at work, or fewer than
-    `enough` have answered. `sent` is told of every message as it goes out.
+    `enough` have answered; and one whose answer is overdue, should an ask be lost that nobody saw: a client gives the answer
+    that it has. `sent` is told of every message as it goes out.
     """
     deadline, wait, answers = time.monotonic() + timeout, SHORTEST_WAIT, 0
     open_asks = _Asks(grid, asks, post, sent, deadline)
@@ -65,8 +73,9 @@ def exchange(
         else:
             time.sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT)
+            open_asks.push(open_asks.overdue())
         open_asks.push(open_asks.back())
-    yield from (Reply(node, None, f"no answer within {timeout:g} s") for node in open_asks.waiting.values())
+    yield from (Reply(node, None, f"no answer within {timeout:g} s") for node in open_asks.waiting)
     yield from (Reply(node, None, AWAY) for node in open_asks.away)
 
 
@@ -82,20 +91,30 @@ class _Asks:
         deadline: float,
     ) -> None:
         self._grid, self._asks, self._post, self._sent, self._deadline = grid, asks, post, sent, deadline
-        self.waiting: dict[str, int] = {}  # message -> node
+        self.waiting: dict[int, float] = {}  # nodes that are at work -> when they were asked last
         self.away: list[int] = []
-        self._times = Counter[int]()
+        self._nodes: dict[str, int] = {}  # message -> node, until the node has answered one of its messages
+        self._times, self._unknown = Counter[int](), UNKNOWN * (deadline - time.monotonic())
+        self._slowest: float | None = None  # seconds that an answer took
 
     def push(self, nodes: Iterable[int]) -> None:
         nodes = list(nodes)
         if not nodes:
             return
-        envelopes = {node: self._post.out(node, self._asks[node]) for node in nodes}
+        envelopes = {node: self._out(node) for node in nodes}
         messages = [self._message(node, envelopes[node]) for node in nodes]
-        self.waiting |= dict(zip(self._grid.push_messages(messages), nodes, strict=True))
-        self._times.update(nodes)
-        for node, envelope in envelopes.items():
-            self._sent(node, envelope)
+        for message, node in zip(patiently(lambda: self._grid.push_messages(messages)), nodes, strict=True):
+            self._times[node] += 1
+            if message:
+                self._nodes[message], self.waiting[node] = node, time.monotonic()
+                self._sent(node, envelopes[node])
+            else:  # the SuperLink does not take it: the node has just been revoked
+                self.waiting.pop(node, None)
+                self.away.append(node)
+
+    def _out(self, node: int) -> Envelope:
+        ask = self._asks[node]
+        return self._post.out(node, ask, again=True) if self._times[node] else self._post.out(node, ask)
 
     def _message(self, node: int, envelope: Envelope) -> Message:
         """Not delivered any more when the deadline is over: a client that comes back then would work for nothing."""
@@ -104,22 +123,48 @@ class _Asks:
 
     def back(self) -> list[int]:
         """Nodes that were away and are not any more."""
-        connected = set(self._grid.get_node_ids()) if self.away else set()
-        back = [node for node in self.away if node in connected]
-        self.away = [node for node in self.away if node not in connected]
+        back = self._connected([node for node in self.away if self._times[node] < MOST_TIMES])
+        self.away = [node for node in self.away if node not in back]
         return back
 
+    def overdue(self) -> list[int]:
+        """Nodes that are connected, and slower than is to be expected; each time after twice as long."""
+        patience = max(OVERDUE, self._unknown if self._slowest is None else SLOWER * self._slowest)
+        now, times = time.monotonic(), self._times
+        late = [node for node, asked in self.waiting.items() if now - asked >= patience * 2 ** (times[node] - 1)]
+        return self._connected([node for node in late if times[node] < MOST_TIMES])
+
+    def _connected(self, nodes: list[int]) -> list[int]:
+        connected = set(patiently(self._grid.get_node_ids)) if nodes else set()
+        return [node for node in nodes if node in connected]
+
     def pull(self) -> list[Message]:
-        return list(self._grid.pull_messages(list(self.waiting)))
+        messages = [message for message, node in self._nodes.items() if node in self.waiting]
+        return list(patiently(lambda: self._grid.pull_messages(messages))) if messages else []
 
     def reply(self, message: Message) -> Reply | None:
-        """None of a message that nobody waits for, and of a node that can be asked again."""
-        node = self.waiting.pop(message.metadata.reply_to_message_id, None)
-        if node is None:
+        """None of a message that nobody waits for, of a node that can be asked again, and of one that has answered another."""
+        id = message.metadata.reply_to_message_id
+        node = self._nodes.get(id)
+        if node is None or node not in self.waiting:
             return None
-        if not message.has_error():
-            return self._opened(node, message)
-        if message.error.code in LOST and self._times[node] < MOST_TIMES:
+        if message.has_error() and message.error.code in LOST:
+            return self._lost(id, node, message)
+        asked = self.waiting.pop(node)
+        self._nodes = {id: other for id, other in self._nodes.items() if other != node}
+        if message.has_error():
+            return Reply(node, None, one_line(str(message.error.reason), LONGEST_REASON))
+        self._slowest = max(self._slowest or 0.0, time.monotonic() - asked)
+        return self._opened(node, message)
+
+    def _lost(self, id: str, node: int, message: Message) -> Reply | None:
+        """A node that was only away may still answer what it had got; of a message that is lost nothing comes any more."""
+        if message.error.code != ErrorCode.NODE_UNAVAILABLE:
+            del self._nodes[id]
+            if node in self._nodes.values():
+                return None
+        del self.waiting[node]
+        if self._times[node] < MOST_TIMES:
             self.away.append(node)
             return None
         return Reply(node, None, one_line(str(message.error.reason), LONGEST_REASON))

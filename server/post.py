@@ -23,14 +23,15 @@ LONGEST_REASON = 500  # characters of a reason that nobody has signed
 class Post(Protocol):
     """Both ways, by the node of the grid that a message goes to or comes from."""
 
-    def out(self, node: int, ask: Envelope) -> Envelope: ...
+    def out(self, node: int, ask: Envelope, again: bool = False) -> Envelope:
+        """`again`: the same as before to the same node, and an answer to any of them will do."""
 
     def back(self, node: int, answer: Envelope) -> Envelope:
         """Raises Refused, or ClientFailed with the client's own reason."""
 
 
 class Open:
-    def out(self, node: int, ask: Envelope) -> Envelope:
+    def out(self, node: int, ask: Envelope, again: bool = False) -> Envelope:
         return ask
 
     def back(self, node: int, answer: Envelope) -> Envelope:
@@ -60,31 +61,37 @@ class SignedPost:
         self._signing, self._sealing, self._clients, self._revoked = signing, sealing, clients, revoked or {}
         self._run, self._end_to_end, self._owner, self._clock = run, end_to_end, owner, clock
         self._last = 0
-        self._asked: dict[int, Stamp] = {}  # node -> its open ask
+        self._asked: dict[int, list[Stamp]] = {}  # node -> those under which its open ask was sent, the last one last
         self._names: dict[int, str] = {}  # node -> the client that introduced itself from there
 
-    def out(self, node: int, ask: Envelope) -> Envelope:
+    def out(self, node: int, ask: Envelope, again: bool = False) -> Envelope:
         self._last = max(self._last + 1, self._clock())
         stamp = Stamp(self._run, self._last, self._name(node) or "", self._end_to_end)
-        self._asked[node] = stamp
+        self._asked[node] = [*(self._asked.get(node, []) if again else []), stamp]
         return signed(ask, stamp, self._signing, ASK)
 
     def back(self, node: int, answer: Envelope) -> Envelope:
-        asked = self._asked[node]
         if "failed" in answer.header and STAMP not in answer.header:  # the relay's, or of a trainer that trusts nobody yet
             raise ClientFailed(f"{str(answer.header['failed'])[:LONGEST_REASON]} (said by its relay, unsigned)")
         client = self._claimed(node, answer)
-        if is_sealed(answer):
-            answer = opened(answer, Stamp(asked.run, asked.serial, client), self._sealing)
-        elif asked.seal:
-            raise Refused("it is not sealed, and security.end_to_end = true wants that")
-        inner, stamp = verified(answer, self._clients[client], ANSWER)
-        if (stamp.run, stamp.serial, stamp.client) != (asked.run, asked.serial, client):
+        inner, stamp = verified(self._opened(node, answer, client), self._clients[client], ANSWER)
+        asked = {(asked.run, asked.serial, client) for asked in self._asked[node]}
+        if (stamp.run, stamp.serial, stamp.client) not in asked:
             raise Refused("it is signed as the answer to another ask: an old one was sent again")
         if inner.header.get("client") != client:
             raise Refused(f"'{client}' signed it, and it says that it is of '{str(inner.header.get('client'))[:80]}'")
         self._names[node] = client
         return inner
+
+    def _opened(self, node: int, answer: Envelope, client: str) -> Envelope:
+        """The serial that a sealed one claims only says which stamp to try: it opens for that one or not at all."""
+        *_, last = self._asked[node]
+        if is_sealed(answer):
+            serials = [asked.serial for asked in self._asked[node] if asked.serial == answer.header.get("serial")]
+            return opened(answer, Stamp(last.run, (serials or [last.serial])[0], client), self._sealing)
+        if last.seal:
+            raise Refused("it is not sealed, and security.end_to_end = true wants that")
+        return answer
 
     def _claimed(self, node: int, answer: Envelope) -> str:
         """Whose it says it is; the signature must prove it."""

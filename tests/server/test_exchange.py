@@ -11,7 +11,19 @@ from flwr.common.constant import ErrorCode
 from fedtune.envelope import Envelope
 from fedtune.messages import from_record, to_record
 from server import exchange as exchange_module
-from server.exchange import AWAY, LONGEST_WAIT, MOST_TIMES, SHORTEST_WAIT, SLACK, Reply, exchange
+from server.exchange import (
+    AWAY,
+    LONGEST_WAIT,
+    MOST_TIMES,
+    OVERDUE,
+    SHORTEST_WAIT,
+    SLACK,
+    SLOWER,
+    UNKNOWN,
+    Reply,
+    exchange,
+)
+from server.post import OPEN
 from server.tally import LONGEST_REASON
 
 ASK = Envelope({"ask": "1.0"})
@@ -48,6 +60,9 @@ class PlayedGrid:
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         self.sent = {message.metadata.message_id: message for message in messages}
         return list(self.sent)
+
+    def get_node_ids(self) -> list[int]:
+        return []
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         asked = {self.sent[id].metadata.dst_node_id: id for id in message_ids}
@@ -193,6 +208,147 @@ def test_a_message_that_is_not_ours_is_a_reason_too(clock: Clock) -> None:
 def test_nobody_asked_is_nothing_to_wait_for(clock: Clock) -> None:
     assert ask(played(clock, {}), nodes=[]) == []
     assert clock.naps == []
+
+
+class LossyGrid:
+    """Every message has a number of its own; `answers` says what comes to it: seconds after it was sent, and what it is."""
+
+    def __init__(self, clock: Clock, answers: Mapping[str, tuple[float, RecordDict | Error]], nodes: Iterable[int]) -> None:
+        self.clock, self.answers, self.nodes = clock, answers, list(nodes)
+        self.sent: dict[str, float] = {}
+        self.pulled: list[list[str]] = []
+
+    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float) -> Message:
+        return Message(metadata=Metadata(1, "", 0, dst_node_id, "", "", 0.0, ttl, message_type), content=content)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            node = message.metadata.dst_node_id
+            ids.append(f"{node}.{1 + sum(id.startswith(f'{node}.') for id in self.sent)}")
+            self.sent[ids[-1]] = self.clock.now
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        ids = list(message_ids)
+        self.pulled.append(ids)
+        due = [id for id in ids if id in self.answers and self.clock.now >= self.sent[id] + self.answers[id][0]]
+        return [self._answer(id, self.answers[id][1]) for id in due]
+
+    def _answer(self, id: str, content: RecordDict | Error) -> Message:
+        metadata = Metadata(1, f"to {id}", 0, 0, id, "", 0.0, 60.0, "query")
+        return Message(metadata=metadata, **{"error" if isinstance(content, Error) else "content": content})
+
+    def get_node_ids(self) -> list[int]:
+        return self.nodes
+
+
+def answered(node: int, after: float) -> tuple[float, RecordDict]:
+    return after, to_record(own(node))
+
+
+def test_an_ask_that_was_lost_unseen_is_sent_again_when_it_is_overdue_by_what_others_took(clock: Clock) -> None:
+    """The other took 10 s, so this one is overdue after SLOWER times that; its second message is answered in 1 s."""
+    grid = LossyGrid(clock, {"1.1": answered(1, 10.0), "2.2": answered(2, 1.0)}, nodes=[1, 2])
+    assert list(exchange(grid, dict.fromkeys([1, 2], ASK), 3600.0)) == [Reply(1, own(1)), Reply(2, own(2))]
+    assert list(grid.sent) == ["1.1", "2.1", "2.2"]
+    took = 10.0 + LONGEST_WAIT  # when the answer of the first was seen, at the latest
+    assert SLOWER * 10.0 <= grid.sent["2.2"] <= SLOWER * took + LONGEST_WAIT
+
+
+def test_nobody_is_asked_again_before_half_a_minute_or_while_nobody_knows_how_long_it_takes(clock: Clock) -> None:
+    grid = LossyGrid(clock, {"1.1": answered(1, 0.0), "2.2": answered(2, 0.0)}, nodes=[1, 2])
+    list(exchange(grid, dict.fromkeys([1, 2], ASK), 3600.0))
+    assert OVERDUE <= grid.sent["2.2"] <= OVERDUE + LONGEST_WAIT
+
+    clock.now = 0.0
+    grid = LossyGrid(clock, {"1.2": answered(1, 0.0)}, nodes=[1])
+    list(exchange(grid, {1: ASK}, 3600.0))
+    assert UNKNOWN * 3600.0 <= grid.sent["1.2"] <= UNKNOWN * 3600.0 + LONGEST_WAIT
+
+
+def test_each_time_it_takes_twice_as_long_and_at_some_time_it_is_enough(clock: Clock) -> None:
+    """After 30, 60, 120 and 240 s: five times in all, and then the deadline decides."""
+    grid = LossyGrid(clock, {"1.1": answered(1, 0.0)}, nodes=[1, 2])
+    replies = list(exchange(grid, dict.fromkeys([1, 2], ASK), 3600.0))
+    assert replies == [Reply(1, own(1)), Reply(2, None, "no answer within 3600 s")]
+    times = [at for id, at in grid.sent.items() if id.startswith("2.")]
+    assert len(times) == MOST_TIMES
+    for late, wanted in zip(times, [0.0, 30.0, 90.0, 210.0, 450.0], strict=True):
+        assert wanted <= late <= wanted + 4 * LONGEST_WAIT
+
+
+def test_whichever_answer_comes_first_counts_and_the_other_is_nobody_s(clock: Clock) -> None:
+    """The first message is answered after 40 s, the second, sent after 30 s, after 10 s more."""
+    other = to_record(Envelope({"client": "c2", "late": True}))
+    for first, second in ((to_record(own(2)), other), (other, to_record(own(2)))):
+        clock.now = 0.0
+        answers = {"1.1": answered(1, 0.0), "2.1": (40.0 + 5 * (first is other), first), "2.2": (12.0, second)}
+        grid = LossyGrid(clock, answers, nodes=[1, 2])
+        assert list(exchange(grid, dict.fromkeys([1, 2], ASK), 3600.0)) == [Reply(1, own(1)), Reply(2, own(2))]
+        assert ["2.1", "2.2"] in grid.pulled
+
+
+def test_a_node_that_is_overdue_and_away_is_not_asked(clock: Clock) -> None:
+    grid = LossyGrid(clock, {"1.1": answered(1, 0.0)}, nodes=[1])
+    list(exchange(grid, dict.fromkeys([1, 2], ASK), 600.0))
+    assert list(grid.sent) == ["1.1", "2.1"]
+
+
+@pytest.mark.parametrize("code", [ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.CLIENT_APP_CRASHED])
+def test_an_ask_that_a_relay_gave_up_is_sent_again_at_once(clock: Clock, code: int) -> None:
+    gone = Error(code=code, reason="a relay was killed over it")
+    grid = LossyGrid(clock, {"1.1": (1.0, gone), "1.2": answered(1, 1.0)}, nodes=[1])
+    assert list(exchange(grid, {1: ASK}, 60.0, enough=1)) == [Reply(1, own(1))]
+    assert grid.sent["1.2"] <= 1.0 + 2 * LONGEST_WAIT
+
+
+def test_a_message_that_is_lost_while_another_of_the_same_is_under_way_is_not_replaced(clock: Clock) -> None:
+    """Sent again after 30 s; the first is given up after 35 s, the second answered after 20 s."""
+    gone = Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason="given up")
+    answers = {"1.1": answered(1, 0.0), "2.1": (35.0, gone), "2.2": answered(2, 20.0)}
+    grid = LossyGrid(clock, answers, nodes=[1, 2])
+    assert list(exchange(grid, dict.fromkeys([1, 2], ASK), 3600.0)) == [Reply(1, own(1)), Reply(2, own(2))]
+    assert list(grid.sent) == ["1.1", "2.1", "2.2"]
+
+
+def test_what_a_node_had_got_before_it_was_away_counts_when_it_is_back(clock: Clock) -> None:
+    """Its heartbeats stay away, the SuperLink says so, and yet it works on: its answer to the first message comes after 9 s."""
+
+    class Patchy(LossyGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            error = Error(code=ErrorCode.NODE_UNAVAILABLE, reason="no heartbeat")
+            return (
+                super().pull_messages(message_ids) if self.get_node_ids() else [self._answer(id, error) for id in message_ids]
+            )
+
+        def get_node_ids(self) -> list[int]:
+            return [] if 2.0 <= self.clock.now < 4.0 else [1]
+
+    grid = Patchy(clock, {"1.1": answered(1, 9.0)}, nodes=[1])
+    assert list(exchange(grid, {1: ASK}, 60.0, enough=1)) == [Reply(1, own(1))]
+    assert list(grid.sent) == ["1.1", "1.2"]
+    assert clock.now <= 9.0 + LONGEST_WAIT
+
+
+def test_a_node_that_the_superlink_no_more_sends_to_is_away(clock: Clock) -> None:
+    grid = LossyGrid(clock, {}, nodes=[1])
+    grid.push_messages = lambda messages: [""] * len(list(messages))
+    assert list(exchange(grid, {1: ASK}, 60.0)) == [Reply(1, None, AWAY)]
+    assert list(exchange(grid, {1: ASK}, 60.0, enough=1)) == [Reply(1, None, AWAY)]
+
+
+def test_the_post_is_told_that_it_is_the_same_ask_again(clock: Clock) -> None:
+    told = []
+
+    class Told(type(OPEN)):
+        def out(self, node: int, ask: Envelope, again: bool = False) -> Envelope:
+            told.append((node, again))
+            return ask
+
+    grid = LossyGrid(clock, {"1.1": answered(1, 0.0), "2.2": answered(2, 0.0)}, nodes=[1, 2])
+    list(exchange(grid, dict.fromkeys([1, 2], ASK), 3600.0, Told()))
+    assert told == [(1, False), (2, False), (2, True)]
 
 
 class Stumbling:

@@ -36,8 +36,8 @@ def post() -> SignedPost:
     return post
 
 
-def asked(post: SignedPost, node: int, id: str = "1.0") -> Stamp:
-    _, stamp = verified(post.out(node, Envelope({"ask": id})), SIGNING.public_key(), ASK)
+def asked(post: SignedPost, node: int, id: str = "1.0", again: bool = False) -> Stamp:
+    _, stamp = verified(post.out(node, Envelope({"ask": id}), again), SIGNING.public_key(), ASK)
     return stamp
 
 
@@ -119,6 +119,29 @@ def test_an_old_answer_is_refused_as_the_answer_to_a_new_ask(post: SignedPost) -
     asked(open_post, NORTH)
     with pytest.raises(Refused, match="an old one was sent again"):
         open_post.back(NORTH, old)
+
+
+@pytest.mark.parametrize("end_to_end", [True, False])
+def test_an_answer_to_any_sending_of_the_open_ask_is_taken_and_of_the_ask_before_it_none(end_to_end: bool) -> None:
+    post = make_post(end_to_end=end_to_end)
+    before = answer(asked(post, NORTH, "1.0"), "north")
+    stamps = [asked(post, NORTH, "1.1"), asked(post, NORTH, "1.1", again=True), asked(post, NORTH, "1.1", again=True)]
+    assert len({stamp.serial for stamp in stamps}) == 3
+    for stamp in stamps:
+        assert post.back(NORTH, answer(stamp, "north")) == plain("north")
+    with pytest.raises(Refused):
+        post.back(NORTH, before)
+    asked(post, NORTH, "1.2")
+    for stamp in stamps:
+        with pytest.raises(Refused):
+            post.back(NORTH, answer(stamp, "north"))
+
+
+def test_what_is_sealed_for_one_sending_does_not_pass_as_sealed_for_another(post: SignedPost) -> None:
+    first, second = asked(post, NORTH), asked(post, NORTH, again=True)
+    moved = answer(first, "north")
+    with pytest.raises(Refused, match="cannot be opened"):
+        post.back(NORTH, Envelope({**moved.header, "serial": second.serial}, moved.tensors))
 
 
 def test_what_is_not_sealed_is_refused_where_the_job_wants_it(post: SignedPost) -> None:
