@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
+from client.names import folder_name as folder_name
 from fedtune import __version__
 from fedtune.adapter import Adapter
 from fedtune.base import Blueprint
@@ -15,21 +14,11 @@ from fedtune.job import Job
 from fedtune.peft_folder import write_adapter
 from fedtune.strategy import Strategy
 
-LONGEST_NAME = 100  # of a folder; a client's own name may be any text
-
 
 def write_own(folder: Path, adapter: Adapter, job: Job, plan: Blueprint, strategy: Strategy, client: str, round: int) -> None:
     """Write the adapter that `strategy.use` loaded for this client, as it was after this round."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_adapter(folder, adapter, job, plan, _provenance(adapter, job, strategy, client, round))
-
-
-def folder_name(client: str) -> str:
-    """A name that no client can lead out of the folder with, and no two clients share."""
-    name = quote(client, safe=" ") or "%"
-    if name.startswith("."):
-        name = f"%2E{name[1:]}"
-    return name if len(name) <= LONGEST_NAME else hashlib.sha256(client.encode()).hexdigest()
 
 
 def _provenance(adapter: Adapter, job: Job, strategy: Strategy, client: str, round: int) -> dict[str, Any]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from client.transport import failure
+from fedtune import durable
 from fedtune.envelope import Envelope
 from fedtune.errors import ClientFailed, FedtuneError, UserError
 
@@ -33,7 +33,7 @@ class Resident:
     def answer(self, ask: Envelope) -> Envelope:
         try:
             if ask.header.get("kind") == "hello":
-                self._forget()
+                self._forget(ask.header.get("run"))
                 self._prepare(ask.header.get("job"))
                 self._keep(ask.header.get("run"))
             elif self._trainer is None:
@@ -52,24 +52,28 @@ class Resident:
             self._job = self._trainer = None  # first let the old model go, there may be no room for two
             self._trainer, self._job = self._build(job), job
 
-    def _forget(self) -> None:
-        """The run before is over, whatever becomes of this one."""
-        if self._file:
-            self._file.unlink(missing_ok=True)
+    def _forget(self, run: Any) -> None:
+        """The run before is over, whatever becomes of this one; one that says hello again, as it goes on, is not."""
+        if self._file and self._file.is_file() and self._kept(self._file)[0] != run:
+            self._file.unlink()
 
     def _keep(self, run: Any) -> None:
         if self._file:
-            temporary = self._file.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"run": run, "job": self._job}), encoding="utf-8")
-            os.replace(temporary, self._file)
+            durable.write(self._file, [json.dumps({"run": run, "job": self._job}).encode()])
 
     def _take_up(self, run: Any) -> None:
         if self._file and self._file.is_file():
-            try:
-                kept = json.loads(self._file.read_text(encoding="utf-8"))
-                job, of = kept["job"], kept["run"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ClientFailed(f"{self._file.name} cannot be read ({type(error).__name__}): start the run again") from error
+            of, job = self._kept(self._file)
+            if job is None:
+                raise ClientFailed(f"{self._file.name} cannot be read: start the run again")
             if of == run:
                 log.info("taking up run %s again", run)
                 self._prepare(job)
+
+    def _kept(self, file: Path) -> tuple[Any, Any]:
+        """The run and its job; nothing of a file that is damaged."""
+        try:
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            return kept["run"], kept["job"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None, None

@@ -5,9 +5,9 @@ What is refused is answered with the reason, and logged here.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 
 from client.transport import failure
+from fedtune import durable
 from fedtune.envelope import Envelope
 from fedtune.errors import Refused, UserError
 from fedtune.security.sealing import sealed
@@ -85,7 +86,7 @@ class Signed:
         if SIGNATURE not in ask.header:
             raise Refused("it is not signed: the run was not started by `fedtune server` with the keys of this coordinator")
         opened, stamp = verified(ask, self._keys.verify, ASK)
-        if stamp.serial <= self._heard.serial:
+        if not self._heard.is_new(stamp, ask):
             raise Refused(
                 f"it is of {_date(stamp.serial)}, and not newer than the last one of {_date(self._heard.serial)}: somebody "
                 "sends an old ask again, or the coordinator's clock was set back"
@@ -104,37 +105,46 @@ class Signed:
             raise Refused(f"it is for client '{stamp.client}', this is '{self._keys.name}'")
         if opened.header.get("kind") != "hello" and stamp.run != self._heard.run:
             raise Refused(f"it is for run {stamp.run}, this trainer takes part in {self._heard.run or 'none'}")
-        self._heard.now(stamp)
+        self._heard.now(stamp, ask)
         return Envelope({**opened.header, "run": stamp.run}, opened.tensors), stamp
 
 
 class Heard:
-    """The run that a client takes part in, and the serial of the last ask that it heard."""
+    """The run that a client takes part in, and the last ask that it heard: its serial, and a digest."""
 
     def __init__(self, file: Path | None) -> None:
-        self._file, self.run, self.serial = file, "", 0
+        self._file, self.run, self.serial, self._ask = file, "", 0, ""
         if file and file.is_file():
             try:
                 stored = json.loads(file.read_text(encoding="utf-8"))
-                self.run, self.serial = str(stored["run"]), int(stored["serial"])
+                self.run, self.serial, self._ask = str(stored["run"]), int(stored["serial"]), str(stored["ask"])
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{file} cannot be read ({error}); without it old asks could be played again. Delete it when the "
                     "coordinator has started a new run"
                 ) from error
 
-    def now(self, stamp: Stamp) -> None:
+    def is_new(self, stamp: Stamp, ask: Envelope) -> bool:
+        """Or the last one again: the relay repeats it when the trainer was killed over it. It is answered as before, or with
+        the same work on the same memory; where nothing is kept on disk it would be other work."""
+        return stamp.serial > self.serial or (
+            self._file is not None and (stamp.serial, _digest(ask)) == (self.serial, self._ask)
+        )
+
+    def now(self, stamp: Stamp, ask: Envelope) -> None:
         """On disk before anything is done about it."""
-        self.run, self.serial = stamp.run, stamp.serial
-        if self._file is None:
+        if (stamp.serial, _digest(ask)) == (self.serial, self._ask):
             return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._file.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump({"run": self.run, "serial": self.serial}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._file)
+        self.run, self.serial, self._ask = stamp.run, stamp.serial, _digest(ask)
+        if self._file:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            stored = {"run": self.run, "serial": self.serial, "ask": self._ask}
+            durable.write(self._file, [json.dumps(stored).encode()])
+
+
+def _digest(ask: Envelope) -> str:
+    """Of the whole signed header, in which a digest of the tensors stands."""
+    return hashlib.sha256(ask.header_json().encode()).hexdigest()
 
 
 def _date(serial: int) -> str:

@@ -6,24 +6,23 @@ An ask that cannot be answered becomes a failure with its reason; nothing that a
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, MutableMapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
 
-from client.allowance import shown_names
+from client.allowance import check, shown_names, uncounted
 from client.data.compact import compact
 from client.data.examples import ClientData
 from client.data.load import labels_in, load_client
 from client.data.sources import Source, clients_in
 from client.local import Local
+from client.memories import Memories, schema_of
 from client.model import ResidentModel
-from client.personal import folder_name, write_own
+from client.personal import write_own
 from fedtune.base import Blueprint, blueprint
 from fedtune.envelope import Envelope
 from fedtune.errors import ClientFailed, DataError, FedtuneError, JobError
@@ -36,29 +35,31 @@ from fedtune.wire.ends import ClientEnd, outdated
 from fedtune.wire.presets import Wire
 from fedtune.wire.versions import KEPT, Outdated
 
-WIRE = "wire."  # in a client's memory, before what the wire keeps there
 MODELS = 4  # of which an ask has no more numbers
 
 
 class Trainer:
     """One resident model, and each client's data and memory beside it. Data is read when a client is first asked."""
 
-    def __init__(self, job: Job, sources: Mapping[str, Source], directory: Path | None = None) -> None:
+    def __init__(
+        self, job: Job, sources: Mapping[str, Source], directory: Path | None = None, *, is_node: bool = False
+    ) -> None:
+        """Memory lies in `directory`, or lasts as long as the process. A node's answers lie there too."""
         if job.machine.threads:
             torch.set_num_threads(job.machine.threads)
         self.job = job
         self.resident = ResidentModel(job)
         self.strategy = job.make_strategy()
-        self._sources, self._directory = sources, directory
+        self._sources, self._directory, self._is_node = sources, directory, is_node
         self._data: dict[str, ClientData] = {}
-        self._memory: dict[str, Memory] = {}
-        self._alike: MutableMapping[bytes, Tensor] = WeakValueDictionary()  # what several clients remember
+        self._memories = Memories(directory, self._schema, shared=not is_node, answers=is_node)
 
     @classmethod
-    def for_simulation(cls, job: Job) -> Trainer:
-        """All clients of the job. Raises DataError and ModelError for what is wrong with it."""
+    def for_simulation(cls, job: Job, directory: Path | None = None) -> Trainer:
+        """All clients of the job; in a `directory` their memories outlive the process. Raises DataError and ModelError for what
+        is wrong with the job."""
         sources = clients_in(job.data, job.clients)
-        return cls(with_labels(job, sources), sources)
+        return cls(with_labels(job, sources), sources, directory)
 
     @classmethod
     def for_node(
@@ -88,7 +89,7 @@ class Trainer:
         source = _own_source(client, clients_in(job.data, Clients()))
         if directory:
             directory.mkdir(parents=True, exist_ok=True)
-        return cls(job, {client: source}, directory)
+        return cls(job, {client: source}, directory, is_node=True)
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -109,7 +110,7 @@ class Trainer:
         header = {key: envelope.header.get(key) for key in ("ask", "run", "round")} | {"client": client}
         try:
             if envelope.header.get("kind") == "hello":
-                self._begin(client)
+                self._memories.begin(client, str(envelope.header.get("run")))
                 return pack_answer(Answer(), header | self._hello(client))
             return self._answered(envelope, client, header)
         except Outdated as error:
@@ -139,17 +140,6 @@ class Trainer:
         kept = {name: memory[KEPT + name] for name in payload.tensors if KEPT + name in memory}
         return replace(payload, tensors={**payload.tensors, **kept})
 
-    def _begin(self, client: str) -> None:
-        """A new run: of the last one's messages nothing is kept."""
-        directory = self._directory
-        if client not in self._memory and not (directory and self._memory_file(directory, client).exists()):
-            return  # nothing is written before the run's folder is known to be free
-        memory = self.memory(client)
-        for name in [name for name in memory if name.startswith(WIRE)]:
-            del memory[name]
-        if directory:
-            memory.save(self._memory_file(directory, client))
-
     def _answered(self, envelope: Envelope, client: str, header: dict[str, Any]) -> Envelope:
         began = time.perf_counter()
         if envelope.header.get("base") != self.resident.base:
@@ -157,17 +147,19 @@ class Trainer:
             raise ClientFailed(
                 f"the ask is for base model {asked}, this client has {self.resident.base}: use the same model files"
             )
-        round, memory = int(envelope.header["round"]), self.memory(client)
-        wire = ClientEnd(self._wire, self.strategy, memory, client, self._start, self._most, len(self._plan.shapes))
+        round, work = int(envelope.header["round"]), self._memories.work(client, envelope)
+        wire = ClientEnd(self._wire, self.strategy, work.memory, client, self._start, self._most, len(self._plan.shapes))
         ask = wire.ask(envelope)
         local = self.local(client, round)
-        answer = self._half(ask, local, memory)
+        answer = self._half(ask, local, work.memory)
         about = header | {"base": self.resident.base, "seconds": time.perf_counter() - began}
         packed = wire.answer(answer, ask, local, about)
-        if self._directory:
-            memory.save(self._memory_file(self._directory, client))
-            if self.strategy.personal and ask.kind == "evaluate":  # then what it uses lies in the slot
-                self.write_own(client, round, self._own_folder(self._directory, client))
+        own = self._own_folder(client)
+        if own and self.strategy.personal and ask.kind == "evaluate":  # then what it uses lies in the slot
+            self.write_own(client, round, own)
+        check()  # what took too long is not kept
+        with uncounted():
+            self._memories.commit(work, packed)
         return packed
 
     @cached_property
@@ -183,21 +175,22 @@ class Trainer:
         """Numbers that an ask can have: nothing that a method sends is as large as a few models."""
         return MODELS * sum(self._plan.sizes.values())
 
-    def _own_folder(self, directory: Path, client: str) -> Path:
-        return directory / "adapter"
+    def _own_folder(self, client: str) -> Path | None:
+        """In simulation they are written at the end."""
+        return self._directory / "adapter" if self._directory and self._is_node else None
 
     def _half(self, ask: Ask, local: Local, memory: Memory) -> Answer:
         half = self.strategy.evaluate if ask.kind == "evaluate" else self.strategy.answer
         return half(ask, local, memory)
 
     def memory(self, client: str) -> Memory:
-        if client not in self._memory:
-            directory = self._directory
-            self._memory[client] = Memory.open(self._memory_file(directory, client)) if directory else Memory(alike=self._alike)
-        return self._memory[client]
+        return self._memories.of(client)
 
-    def _memory_file(self, directory: Path, client: str) -> Path:
-        return directory / f"memory-{folder_name(client)}.safetensors"
+    def _schema(self, client: str) -> str:
+        """What a memory fits to."""
+        strategy = {"name": self.job.strategy.name, **asdict(self.strategy)}  # type: ignore[call-overload]
+        adapter = {name: tuple(tensor.shape) for name, tensor in self._start().tensors.items()}
+        return schema_of(self.resident.base, strategy, adapter, self.job.rank_of(client), self.job.scale_of(client))
 
 
 def _own_source(client: str, found: Mapping[str, Source]) -> Source:

@@ -10,12 +10,12 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client.data.sources import clients_in
-from client.personal import folder_name
+from client.names import folder_name
 from client.trainer import Trainer, with_labels
 from client.transport import failure
+from fedtune.envelope import Envelope
 from fedtune.errors import FedtuneError
 from fedtune.job import checked_job
-from fedtune.memory import Memory
 from fedtune.messages import from_record, to_record
 
 MEMORY = "clients"  # in the run's folder while it runs; what stays there is the clients' own adapters
@@ -26,14 +26,12 @@ app = ClientApp()
 class Worker(Trainer):
     """A client's next ask may go to another worker, so memory is read from disk for each."""
 
-    def memory(self, client: str) -> Memory:
-        assert self._directory is not None
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self._memory.pop(client, None)
-        return super().memory(client)
+    def answer(self, envelope: Envelope, client: str | None = None) -> Envelope:
+        self._memories.reread(client or self.clients[0])
+        return super().answer(envelope, client)
 
-    def _own_folder(self, directory: Path, client: str) -> Path:
-        return directory / folder_name(client) / "adapter"
+    def _own_folder(self, client: str) -> Path | None:
+        return self._directory / folder_name(client) / "adapter" if self._directory else None
 
 
 @app.query()

@@ -35,8 +35,8 @@ class Feedback(MutableMapping[str, Tensor]):
         self._memory, self._prefix = memory, f"{ERROR}{json.dumps(kind)}."
         before, now = _last(memory, kind), {key: header.get(key) for key in NEVER}
         rounds = now["round"] - before["round"]
-        if before["run"] != now["run"] or before["ask"] == now["ask"] or rounds < 0:  # no ask is answered twice
-            self.clear()
+        if before["run"] != now["run"] or before["ask"] == now["ask"] or rounds < 0:
+            self.clear()  # an ask that comes again finds what was before it (client/memories.py), unless that is gone
         elif rounds > 1:
             self._fade(math.prod([decay] * (rounds - 1)))  # a power would be each machine's own
         memory[LAST + kind] = torch.from_numpy(np.frombuffer(json.dumps(now).encode(), np.uint8).copy())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from client.personal import LONGEST_NAME, folder_name
+from client.names import LONGEST_NAME, folder_name
 from client.trainer import Trainer
 from fedtune.base import blueprint
 from fedtune.job import Job
@@ -24,7 +24,7 @@ MakeJob = Callable[..., Job]
 
 def ask(trainer: Trainer, kind: str, round: int = 1) -> Any:
     state = trainer.strategy.start(blueprint(trainer.job).adapter)
-    header = {"ask": "1.0", "run": "tiny", "round": round, "base": trainer.resident.base}
+    header = {"ask": f"{round}.{kind}", "run": "tiny", "round": round, "base": trainer.resident.base}
     return pack_ask(Ask(kind, trainer.strategy.broadcast(state)), "", header)
 
 
@@ -71,12 +71,13 @@ def test_nothing_is_written_without_a_personal_method_and_a_directory(
     assert list(tmp_path.rglob("adapter")) == []
 
 
-def test_memory_of_another_rank_is_an_answer_with_a_reason(make_job: MakeJob, tmp_path: Path) -> None:
+def test_memory_of_another_rank_is_none(make_job: MakeJob, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = node(make_job("strategy.name=fedsa_lora", "adapter.rank=2"), tmp_path)
     unpack_answer(first.answer(ask(first, "train")))
     second = node(make_job("strategy.name=fedsa_lora"), tmp_path)
-    answer = second.answer(ask(second, "train"))
-    assert "it is of another job; give each job a folder of its own (trainer --dir)" in str(answer.header)
+    assert dict(second.memory("bob")) == {}
+    assert "of another model, method or adapter" in caplog.text
+    unpack_answer(second.answer(ask(second, "train", 2)))
 
 
 @pytest.mark.parametrize("client", [".", "..", "../up", "a/b", "", "a\\b", "ü" * 200, "x" * 300, "ann", "two words"])

@@ -114,11 +114,30 @@ def test_an_ask_of_somebody_else_is_refused(door: Signed, trainer: Trainer) -> N
 
 
 def test_a_replayed_ask_is_refused(door: Signed, trainer: Trainer) -> None:
-    door.answer(hello())
+    for asked in (hello(), ask("1.0", 2), ask("1.1", 3)):
+        door.answer(asked)
+    for old in (hello(), ask("1.0", 2), ask("2.0", 3)):  # nor is another one of the same serial
+        assert "not newer than the last one" in reason(door.answer(old))
+    assert len(trainer.asked) == 3
+
+
+def test_the_last_ask_may_come_again_and_changes_nothing(door: Signed, trainer: Trainer, tmp_path: Path) -> None:
+    """The relay repeats it to a trainer that was killed over it."""
+    for _ in range(2):
+        assert is_sealed(door.answer(hello()))
     door.answer(ask("1.0", 2))
-    assert "not newer than the last one" in reason(door.answer(ask("1.0", 2)))
+    heard = (tmp_path / "heard.json").stat().st_ino
+    again = Signed(trainer, KEYS, tmp_path, clock=lambda: NOW)
+    assert is_sealed(again.answer(ask("1.0", 2)))
+    assert [given.header["ask"] for given in trainer.asked] == ["hello", "hello", "1.0", "1.0"]
+    assert trainer.asked[2] == trainer.asked[3]
+    assert (tmp_path / "heard.json").stat().st_ino == heard
+
+
+def test_where_nothing_is_kept_the_last_ask_is_an_old_one_too(trainer: Trainer) -> None:
+    door = Signed(trainer, KEYS, None, clock=lambda: NOW)
+    door.answer(hello())
     assert "not newer than the last one" in reason(door.answer(hello()))
-    assert len(trainer.asked) == 2
 
 
 def test_an_old_ask_under_a_new_id_is_refused(door: Signed, trainer: Trainer) -> None:
@@ -136,7 +155,7 @@ def test_a_replay_is_refused_after_a_restart_too(door: Signed, tmp_path: Path) -
     door.answer(hello())
     door.answer(ask("1.0", 2))
     again = Signed(restarted := Trainer(), KEYS, tmp_path, clock=lambda: NOW)
-    assert "not newer than the last one" in reason(again.answer(ask("1.0", 2)))
+    assert "not newer than the last one" in reason(again.answer(hello()))
     again.answer(ask("1.1", 3))  # and the run goes on
     assert [given.header["ask"] for given in restarted.asked] == ["1.1"]
 
@@ -166,7 +185,8 @@ def test_a_refused_ask_changes_nothing_on_disk(door: Signed, tmp_path: Path) -> 
     door.answer(ask("1.0", 2, client="south"))
     door.answer(ask("1.0", 2, run="run.9"))
     assert (tmp_path / "heard.json").read_bytes() == before
-    assert json.loads(before) == {"run": "run.1", "serial": NOW + 1}
+    stored = json.loads(before)
+    assert (stored["run"], stored["serial"], len(stored["ask"])) == ("run.1", NOW + 1, 64)
 
 
 def test_a_file_that_cannot_be_read_stops_the_trainer_before_it_listens(tmp_path: Path, trainer: Trainer) -> None:

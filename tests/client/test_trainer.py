@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from client.kept import HOME, MANIFEST
 from client.trainer import Trainer
 from fedtune.base import base_hash, blueprint
 from fedtune.envelope import Envelope
@@ -50,10 +51,11 @@ def test_a_hello_says_who_the_client_is(trainer: Trainer, tiny_model: Path) -> N
     assert told == {"ask": "hello", "run": "tiny"} | own
 
 
-def test_a_hello_begins_a_run_which_knows_nothing_of_the_last_one_s_messages(trainer: Trainer) -> None:
-    trainer.memory("bob").update({"wire.error.x": torch.ones(2), "wire.kept.x": torch.ones(2), "c": torch.ones(2)})
-    trainer.answer(pack_ask(Ask("hello"), "", {"ask": "hello", "run": "tiny"}), "bob")
-    assert list(trainer.memory("bob")) == ["c"]
+def test_a_hello_of_another_run_begins_with_nothing_and_one_of_the_same_goes_on(trainer: Trainer) -> None:
+    raising(trainer, "ValueError").answer(ask(trainer, "count"), "bob")
+    for run, remembered in (("tiny", ["count"]), ("another", [])):
+        trainer.answer(pack_ask(Ask("hello"), "", {"ask": "hello", "run": run}), "bob")
+        assert list(trainer.memory("bob")) == remembered
 
 
 def test_training_through_messages_is_training(trainer: Trainer) -> None:
@@ -160,14 +162,14 @@ def node(job: Job, data: Path, directory: Path | None = None, client: str = "bob
 def test_a_node_s_memory_outlives_its_trainer(make_job: MakeJob, tiny_data: Path, tmp_path: Path) -> None:
     for count in (1, 2):
         trainer = raising(node(make_job(), tiny_data / "bob.jsonl", tmp_path / "state"), "ValueError")
-        assert unpack_answer(trainer.answer(ask(trainer, "count"))).metrics == {"count": count}
-    assert [path.name for path in (tmp_path / "state").iterdir()] == ["memory-bob.safetensors"]
+        assert unpack_answer(trainer.answer(ask(trainer, "count", ask=f"1.{count}"))).metrics == {"count": count}
+    assert [path.name for path in (tmp_path / "state" / HOME).iterdir()] == ["bob"]
 
 
 def test_a_name_that_is_no_file_name_costs_no_round(make_job: MakeJob, tiny_data: Path, tmp_path: Path) -> None:
     trainer = raising(node(make_job(), tiny_data / "bob.jsonl", tmp_path / "state", client="../ward/3"), "ValueError")
     assert unpack_answer(trainer.answer(ask(trainer, "count"))).metrics == {"count": 1}
-    assert [path.name for path in tmp_path.rglob("memory-*")] == ["memory-%2E.%2Fward%2F3.safetensors"]
+    assert [path.parent.name for path in tmp_path.rglob(MANIFEST)] == ["%2E.%2Fward%2F3"]
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
+from client.data.sources import clients_in
+from client.trainer import Trainer
+from fedtune.base import blueprint
 from fedtune.errors import RunFolderError, UserError
 from fedtune.job import Job, checked_job
+from fedtune.strategy import Ask
+from fedtune.wire import pack_ask
 from server.following import Progress
 from server.records import RoundRecord
 from server.watchers import Quiet
@@ -132,17 +137,17 @@ def test_waiting_in_vain_ends(flower: FlowerProcesses) -> None:
         flower.until(lambda: False, "rain", timeout=0.0)
 
 
-def test_memory_that_another_worker_wrote_is_seen(tmp_path: Path) -> None:
-    """Two Ray workers answer for one client in turn."""
-    first, second = Worker.__new__(Worker), Worker.__new__(Worker)
-    for worker in (first, second):
-        worker._directory, worker._memory = tmp_path / "memory", {}
-    assert dict(second.memory("a")) == {}
-    memory = first.memory("a")
-    memory["control"] = torch.ones(2)
-    memory.save(tmp_path / "memory" / "memory-a.safetensors")
-    assert second.memory("a")["control"].tolist() == [1.0, 1.0]
-    assert dict(second.memory("b")) == {}
+def test_memory_that_another_worker_wrote_is_seen(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    """Two Ray workers answer for one client in turn, and each answers as the only one would. Its own B starts every round."""
+    job = make_job("strategy.name=fedsa_lora", "train.steps=1")
+    workers = [Worker(job, clients_in(job.data, job.clients), tmp_path) for _ in range(2)]
+    alone = Trainer.for_simulation(job)
+    payload = alone.strategy.broadcast(alone.strategy.start(blueprint(job).adapter))
+    for round in (1, 2, 3):
+        header = {"ask": f"{round}.0", "run": "tiny", "round": round, "base": alone.resident.base}
+        ask = pack_ask(Ask("train", payload), "", header)
+        assert workers[round % 2].answer(ask, "ann").tensors == alone.answer(ask, "ann").tensors
+    assert dict(workers[0].memory("bob")) == {}
 
 
 @pytest.mark.slow

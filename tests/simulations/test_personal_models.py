@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from client.data.sources import clients_in
+from client.kept import HOME
 from client.trainer import Trainer
 from fedtune.base import blueprint
 from fedtune.job import Job
@@ -77,9 +78,8 @@ def test_a_worker_of_many_clients_writes_each_into_a_folder_of_its_own(make_job:
 
 def test_forgetting_leaves_the_clients_own_adapters(tmp_path: Path) -> None:
     (tmp_path / "both" / "ann" / "adapter").mkdir(parents=True)
-    (tmp_path / "memory").mkdir()
     for folder in ("both", "memory"):
-        (tmp_path / folder / "memory-ann.safetensors").write_bytes(b"x")
+        (tmp_path / folder / HOME / "ann").mkdir(parents=True)
         forget(tmp_path / folder)
     forget(tmp_path / "absent")
     assert [path.name for path in tmp_path.iterdir()] == ["both"]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.errors import MalformedMessage
-from fedtune.memory import Memory
+from fedtune.memory import Memory, Part
 from fedtune.payload import Payload, Role
 from fedtune.wire.packed import Codecs
 from fedtune.wire.schema import Line, Mode, Schema
@@ -155,10 +153,10 @@ def learnt() -> tuple[Payload, Memory, Payload, str]:
     return start, memory, sent.held.payload, sent.held.version
 
 
-def test_a_memory_survives_its_file(tmp_path: Path) -> None:
+def test_a_memory_survives_its_files() -> None:
     start, memory, has, version = learnt()
-    memory.save(tmp_path / "m.safetensors")
-    assert same_payload(kept(Memory.open(tmp_path / "m.safetensors"), version, start), has)
+    alike, own = (Part.read(part.name, part.data()) for part in memory.parts())
+    assert same_payload(kept(Memory.of(alike, own), version, start), has)
 
 
 def noted(text: bytes) -> torch.Tensor:
