@@ -9,19 +9,23 @@ import socket as sockets
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 
 from client import trainer_pb2, trainer_pb2_grpc
 from client.front import Front
 from client.health import trainer_health
+from client.told import plain
 from client.transport import OPTIONS, checked, failure, from_proto, to_proto
 from fedtune.envelope import Envelope
 from fedtune.errors import MalformedMessage, UserError
 from fedtune.health import Health
+from fedtune.logs import about
+from fedtune.security.signing import STAMP
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +41,12 @@ class Service(trainer_pb2_grpc.TrainerServicer):
             ask = from_proto(request)
         except MalformedMessage as error:
             return to_proto(failure(str(error), {}))
-        try:
-            return to_proto(self._answer(ask))
-        except Exception as error:
-            log.exception("could not answer")
-            return to_proto(failure(f"{type(error).__name__}: {error}", ask.header))
+        with about(**_named(ask.header)):
+            try:
+                return to_proto(self._answer(ask))
+            except Exception as error:
+                log.exception("could not answer")
+                return to_proto(failure(f"{type(error).__name__}: {error}", ask.header))
 
 
 class Serving:
@@ -87,6 +92,13 @@ def serve(
     server.start()
     front = Front(listener, folder / "grpc.sock", {os.geteuid()} if peers is None else peers)
     return Serving(server, front, socket, folder, health)
+
+
+def _named(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Run and round of an ask, for the log: as it says itself, whoever wrote it."""
+    stamp = header.get(STAMP)
+    run = stamp.get("run") if isinstance(stamp, Mapping) else header.get("run")
+    return {"run": plain(run), "round": plain(header.get("round"))}
 
 
 def _refuse_a_second_trainer(socket: Path) -> None:

@@ -19,13 +19,14 @@ from pathlib import Path
 from client.guards import Guard, raise_guards
 from client.trainer_options import parser
 from fedtune.errors import UserError
+from fedtune.logs import always, configure
 
 log = logging.getLogger("fedtune.trainer")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     os.umask(0o077)  # what it keeps tells of its data
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    configure("trainer")
     given = parser().parse_args(arguments)
     tell_guards(raise_guards(other_users=given.relay_user is not None), given.dir)
     from client.doors import doors_of
@@ -34,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     health = trainer_health()
     try:
-        server = serve(doors_of(given, health).answer, given.socket, *peers_of(given.relay_user), health)
+        doors = doors_of(given, health)
+        always(client=given.client)
+        server = serve(doors.answer, given.socket, *peers_of(given.relay_user), health)
     except UserError as error:
         log.error("%s", error)
         return 2

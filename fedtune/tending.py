@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedtune.processes import CONTROL, Processes, tail
+from fedtune.logs import as_text
+from fedtune.processes import Processes, tail
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a process is started again
-LAST = 8000  # bytes of a log in which the reason of an end is looked for
+LAST = 16_000  # bytes of a log in which the reason of an end is looked for
 PREFIX = re.compile(r"^(\d{4}-\d\d-\d\d [\d:,.]+ +)?((ERROR|CRITICAL) *:? *)?(python -m [\w.]+: error: )?")
 SETTLED = 60.0  # seconds after which one that ran counts as well again
 
@@ -91,8 +92,9 @@ def ending(code: int) -> str:
 
 
 def last_words(text: str) -> str:
-    """The line of a log that tells why its process ended, without what the log puts before it."""
-    lines = [line.rstrip() for line in CONTROL.sub("", text).splitlines() if line.strip()]
+    """The line of a log, of text or of JSON, that tells why its process ended, without what the log puts before it."""
+    told = "\n".join(map(as_text, text.split("\n")))
+    lines = [line.rstrip() for line in told.splitlines() if line.strip()]
     errors = [number for number, line in enumerate(lines) if "ERROR" in line or "Exit Code" in line]
     if errors:
         found = lines[errors[-1] : errors[-1] + 2]  # Flower's exit codes have their words on the next line

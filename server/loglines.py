@@ -1,4 +1,4 @@
-"""The logs of a server's or client's processes as lines: the last ones, and those that come."""
+"""The logs of a server's or client's processes as lines of text: the last ones, and those that come."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 from fedtune.daemon import State, closed
 from fedtune.errors import UserError, nearest
 from fedtune.growing import Growing
-from fedtune.processes import CONTROL, tail
+from fedtune.logs import as_text
+from fedtune.processes import tail
 
 POLL = 0.3  # seconds
-LONGEST = 400  # bytes that one line is reckoned with, to find the last ones of a large file
+LONGEST = 400  # bytes that one line is reckoned with at first, to find the last ones of a large file
 
 
 def logs_in(folder: Path, process: str | None) -> dict[str, Path]:
@@ -42,12 +43,21 @@ def wanted_lines(logs: dict[str, Path], folder: Path, last: int, follow: bool) -
 
 
 def last_lines(log: Path, count: int) -> list[str]:
-    """Of a log that may not exist."""
+    """Of a log that may not exist. A line of JSON counts as one, also where it is shown in several."""
     size = log.stat().st_size if log.is_file() else 0
-    reach = LONGEST * (count + 1)
-    text = tail(log, reach)
-    lines = text.split("\n")[1 if reach < size else 0 :]
-    return [CONTROL.sub("", line) for line in (lines[:-1] if lines and not lines[-1] else lines)][-count:] if count else []
+    reach, lines = LONGEST * (count + 1), list[str]()
+    while count and len(lines) < count:
+        lines = tail(log, reach).removesuffix("\n").split("\n")[1 if reach < size else 0 :]
+        if reach >= size:
+            break
+        reach *= 4
+    return [shown for line in lines[-count:] for shown in shown_lines(line)] if count and size else []
+
+
+def shown_lines(line: str) -> list[str]:
+    """What continues a line stands below it and further in, so that it is not taken for another."""
+    first, *others = as_text(line).split("\n")
+    return [first, *(f"    {other}" for other in others)]
 
 
 def coming_lines(logs: dict[str, Path], alive: Callable[[], bool]) -> Iterator[tuple[str, str]]:
@@ -58,6 +68,7 @@ def coming_lines(logs: dict[str, Path], alive: Callable[[], bool]) -> Iterator[t
         going = alive()  # looked at first, so that its last words are read
         for name, log in growing.items():
             for line in log.new():
-                yield name, CONTROL.sub("", line.decode(errors="replace").rstrip("\n"))
+                for shown in shown_lines(line.decode(errors="replace").rstrip("\n")):
+                    yield name, shown
         if going:
             time.sleep(POLL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import pytest
 
 from fedtune.processes import Processes
 from fedtune.tending import Tending, ending, last_words
+
+
+def said(level: str, message: str, **more: str) -> str:
+    return json.dumps({"time": "2026-01-02T03:04:05.678Z", "level": level, "process": "p", "message": message, **more})
 
 
 @pytest.mark.parametrize(
@@ -25,6 +30,12 @@ from fedtune.tending import Tending, ending, last_words
          "--layers 0 was given"),
         ("Killed it\nmodule.py:3: UserWarning: old\n  import old\n", "module.py:3: UserWarning: old"),
         ("\x1b]0;title\x07red \x1b[31mwords\x9b\n", "]0;titlered words"),
+        (f"{said('ERROR', 'no such file', traceback='Traceback: a')}\n{said('INFO', 'bye')}\n", "no such file"),
+        (f"{said('INFO', 'all is well')}\n{said('WARNING', 'last')}\n", "WARNING last"),
+        (f"{said('ERROR', 'Exit Code: 305' + chr(10) + 'Failed to connect.')}\n", "Exit Code: 305: Failed to connect."),
+        (f"{said('INFO', 'the start of it was cut off')[9:]}\nlast\n", "last"),
+        (f"{said('ERROR', 'a' + chr(27) + '[31mb')}\n", "ab"),
+        ('{"level": 1}\n', '{"level": 1}'),
     ],
 )  # fmt: skip
 def test_the_line_that_tells_why(log: str, words: str) -> None:
