@@ -7,8 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def write(path: Path, pieces: Iterable[bytes]) -> None:
-    """Who reads `path` sees the old content or the new one, whatever happens meanwhile. Raises OSError, and leaves the old."""
+def write(path: Path, pieces: Iterable[bytes], *, name: bool = True) -> None:
+    """Who reads `path` sees the old content or the new one, whatever happens meanwhile. Raises OSError, and leaves the old.
+
+    `name`: whether a power cut may not take the new one back either. A file whose loss is noticed and mended needs no such
+    wait.
+    """
     temporary = path.with_name(f".{path.name}.writing")
     try:
         with temporary.open("wb") as file:
@@ -19,7 +23,8 @@ def write(path: Path, pieces: Iterable[bytes]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    if name:
+        sync(path.parent)
 
 
 def sync(folder: Path) -> None:

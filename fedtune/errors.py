@@ -9,6 +9,7 @@
     │   ├── RunFolderError    the output folder: already holds a run, disk full
     │   └── KeysError         keys, certificates, the bundle of a client: missing, expired, open to others
     ├── MalformedMessage      bytes that are no message of ours
+    ├── Damaged               a file of ours is not what was written: what it held is fetched or done again
     ├── Refused               the gate let an answer not in; the round goes on without it
     ├── ClientFailed          a client could not answer, with its own reason; the round goes on without it
     │   └── Forbidden         the client's own policy forbids it
@@ -57,6 +58,10 @@ class KeysError(UserError):
 
 class MalformedMessage(FedtuneError):
     """Bytes arrived that are not a message of ours."""
+
+
+class Damaged(FedtuneError):
+    """A file of ours is not what was written."""
 
 
 class Refused(FedtuneError):

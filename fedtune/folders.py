@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedtune import durable
 from fedtune.errors import KeysError, UserError
 from fedtune.security.keyfiles import make_folder
 
@@ -15,14 +16,18 @@ from fedtune.security.keyfiles import make_folder
 @contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `folder` at the end; a failure leaves the old one or none."""
-    temporary = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, old = (folder.with_name(f".{folder.name}.{word}") for word in ("writing", "old"))
+    for left in (temporary, old):
+        shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        durable.sync_tree(temporary)
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, old)
         os.replace(temporary, folder)
+        durable.sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -16,10 +18,14 @@ from fedtune.security.coordinator_keys import CoordinatorKeys
 from fedtune.security.keyfiles import verify_key
 from server.coordinator import run_job
 from server.fetching import fetch_well
+from server.journal import read
+from server.past import started_in
 from server.post import OPEN, Post, SignedPost
+from server.run_folder import JOURNAL, holds_run
 from server.watchers import Quiet
 
 app = ServerApp()
+PATIENCE = 60.0  # seconds for clients to come back
 
 
 @app.main()
@@ -29,10 +35,13 @@ def main(grid: Grid, context: Context) -> None:
     What this raises ends the Flower run as failed, with the message as its details.
     """
     fetch_well()
-    job = job_of(str(context.run_config["job"]))
-    post = post_of(job, str(context.run_config.get("keys", "")), context.run_id, grid)
-    wait_for_clients(grid, job.clients.count or 1, job.rounds.timeout)
-    run_job(job, grid, Path(str(context.run_config["folder"])), Quiet(), post=post)
+    config = context.run_config
+    job, folder, resume = job_of(str(config["job"])), Path(str(config["folder"])), bool(config.get("resume"))
+    if resume and holds_run(folder):
+        await_the_same(grid, folder)
+    else:
+        wait_for_clients(grid, job.clients.count or 1, job.rounds.timeout)
+    run_job(job, grid, folder, Quiet(), post_of=partial(post_of, job, str(config.get("keys", "")), grid), resume=resume)
 
 
 def job_of(text: str) -> Job:
@@ -42,7 +51,7 @@ def job_of(text: str) -> Job:
         raise JobError(f"the run's config 'job' is not JSON, given {text[:40]!r}: start the run with fedtune") from error
 
 
-def post_of(job: Job, keys: str, run: int, grid: Grid) -> Post:
+def post_of(job: Job, keys: str, grid: Grid, run: str) -> Post:
     """Signed by the keys in that folder; open where none is named, as `--insecure` asks for."""
     if not keys:
         return OPEN
@@ -52,7 +61,7 @@ def post_of(job: Job, keys: str, run: int, grid: Grid) -> Post:
         own.signing,
         own.sealing,
         {record.name: verify_key(record.verify) for record in records if not record.revoked},
-        f"{job.name}.{run}",
+        run,
         end_to_end=job.security.end_to_end,
         revoked={record.name: record.revoked for record in records if record.revoked},
         owner=Owners(grid, {record.node_pem(): record.name for record in records}),
@@ -71,6 +80,15 @@ class Owners:
             nodes = getattr(self._grid, "get_nodes", list)()  # of Flower's own Grid; others have none
             self._known |= {found.node_id: self._names.get(found.public_key) for found in nodes}
         return self._known.get(node)
+
+
+def await_the_same(grid: Grid, folder: Path) -> None:
+    """The clients that the run has had: after a crash of the SuperLink they come back within seconds. Not for ever: a round
+    that is taken up again can do without some, as any round can."""
+    started = started_in(read(folder / JOURNAL)[0])
+    if started:
+        with suppress(RoundFailed):
+            wait_for_clients(grid, len(started["clients"]), PATIENCE)
 
 
 def wait_for_clients(grid: Grid, wanted: int, timeout: float) -> None:

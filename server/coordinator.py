@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,19 +10,20 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from fedtune import __version__
-from fedtune.base import blueprint
-from fedtune.errors import StrategyError
+from fedtune.errors import Damaged, RoundFailed
 from fedtune.job import Job
-from fedtune.payload import payload_of
 from fedtune.recipe import Recipe
 from fedtune.seeds import seed_of
-from fedtune.strategy import ClientInfo, ServerState, Strategy
-from fedtune.wire.ends import ServerEnd
-from server.meeting import meet
+from fedtune.strategy import ClientInfo, ServerState
+from server.opening import Opened, Stand, opened
+from server.past import asks_in
 from server.post import OPEN, Post
 from server.records import RoundRecord, Watcher
+from server.rollback import MOST_IN_A_ROW, in_a_row, trouble
 from server.round import Federation, Round
-from server.run_folder import RunFolder, require_free
+from server.run_folder import writing
+
+REPAIRS = 3  # times that a round is begun again, in one process, as a file of its was damaged
 
 
 @dataclass(frozen=True)
@@ -53,62 +54,119 @@ class RunResult:
         return self.folder / "model"
 
 
-def run_job(job: Job, grid: Grid, folder: Path, watcher: Watcher, write_model: bool = True, post: Post = OPEN) -> RunResult:
+def run_job(
+    job: Job,
+    grid: Grid,
+    folder: Path,
+    watcher: Watcher,
+    write_model: bool = True,
+    post_of: Callable[[str], Post] = lambda run: OPEN,
+    resume: bool = False,
+) -> RunResult:
     """Play all rounds of the job. Raises UserError for what the user must mend, RoundFailed when too few answer.
 
     Nothing is written before model, clients and strategy are known to fit each other. Where a recipe was published, its model
-    is written at the end, unless `write_model` is False.
+    is written at the end, unless `write_model` is False. With `resume` the run in the folder goes on where it stopped; one that
+    is not there begins. `post_of` makes the post of a run, by its name.
     """
-    require_free(folder)
-    strategy, plan = job.make_strategy(), blueprint(job)
-    clients, nodes = meet(grid, job, plan, post)
-    strategy.check(list(clients.values()))
-    _require_the_jobs_rank(job, strategy, clients)
-    state = strategy.start(plan.adapter)
-    wire = ServerEnd(job.make_wire(), strategy, payload_of(plan.adapter))
-    federation = Federation(job, strategy, plan, grid, clients, nodes, watcher, wire, post)
-    run = RunFolder.create(folder, job)
-    watcher.started(job, {client.id: client.examples for client in clients.values()})
-    records = []
-    if job.rounds.evaluate_every:
-        state, record = before_training(federation, run, state)
-        records.append(record)
-    for number in range(1, job.rounds.count + 1):
-        state, record = play(federation, run, state, number)
-        records.append(record)
-    if write_model and isinstance(strategy.published(state), Recipe):
-        watcher.doing("writing the model", 0, 1)
-        run.write_model(job, plan)
-    return RunResult(folder, state, tuple(records))
+    with opened(job, grid, folder, watcher, post_of, resume) as run:
+        stand = run.stand
+        watcher.started(job, {client.id: client.examples for client in run.federation.clients.values()})
+        for record in stand.records:
+            watcher.round_ended(record)
+        try:
+            while stand.next <= job.rounds.count:
+                stand = _played(run, stand)
+        except RoundFailed as error:
+            run.write("stopped", reason=str(error))
+            raise
+        _finish(run, stand, write_model)
+        return RunResult(folder, stand.state, stand.records)
 
 
-def _require_the_jobs_rank(job: Job, strategy: Strategy, clients: Mapping[str, ClientInfo]) -> None:
-    """Where all train one rank, the adapter that the server starts from must have it."""
-    ranks, wanted = {client.rank for client in clients.values()}, job.adapter.rank_for()
-    if not strategy.mixed_ranks and ranks != {wanted}:
-        raise StrategyError(
-            f"all clients train rank {ranks.pop()}, and adapter.rank is {wanted}: type --set adapter.rank=RANK with theirs"
-        )
+def _finish(run: Opened, stand: Stand, write_model: bool) -> None:
+    federation = run.federation
+    if write_model and isinstance(federation.strategy.published(stand.state), Recipe) and not run.over:
+        federation.watcher.doing("writing the model", 0, 1)
+        run.folder.write_model(federation.job, federation.plan)
+    if not run.over:
+        run.write("ended")
 
 
-def before_training(federation: Federation, run: RunFolder, state: ServerState) -> tuple[ServerState, RoundRecord]:
-    """Round 0: what the strategy starts from, on everybody's held-out examples."""
-    with Round(federation, run, 0, federation.clients) as round:
+def _played(run: Opened, stand: Stand) -> Stand:
+    """The next round. An answer that was damaged in the spool is asked for again, in the same round from its start."""
+    repairs = 0
+    while True:
+        try:
+            return play(run, stand)
+        except Damaged as reason:
+            run.write("damaged", reason=str(reason))
+            if (repairs := repairs + 1) > REPAIRS:
+                raise RoundFailed(f"round {stand.next}: {reason}; the disk of {run.folder.path} cannot be trusted") from reason
+            stand = stand.again(asks_in(run.federation.journal.entries))
+
+
+def play(run: Opened, stand: Stand) -> Stand:
+    """One round: train with a cohort, publish, evaluate where it is due; then the checkpoint, and only then it counts."""
+    federation, number = run.federation, stand.next
+    job, cohort = federation.job, draw_cohort(federation.job, federation.clients, stand.next)
+    due = is_due(job, number)
+    federation.wire.known = stand.known
+    taking_part = federation.clients if due else [client.id for client in cohort]
+    round = Round(federation, run.folder, number, taking_part, stand.past, stand.undone)
+    run.write("round", number=number, cohort=[client.id for client in cohort] if number else [])
+    state = _trained(run, stand, round, cohort) if number else stand.state
+    why = trouble(state)
+    if due and not why:
         state = round.evaluate(state)
-        return state, round.report({})
+        why = trouble(state, round, stand.records, job.rounds.max_rise)
+    if why:
+        return _rolled_back(run, stand, round, why)
+    record = round.report(state.metrics if number else {}, state.selected if number else {}, run.notes(number))
+    return _settled(run, round, stand.after(record, state, federation.wire.known))
 
 
-def play(federation: Federation, run: RunFolder, state: ServerState, number: int) -> tuple[ServerState, RoundRecord]:
-    """One round: train with a cohort, publish, and evaluate where it is due."""
-    every, cohort = federation.job.rounds.evaluate_every, draw_cohort(federation.job, federation.clients, number)
-    due = every > 0 and number % every == 0
-    with Round(federation, run, number, federation.clients if due else [client.id for client in cohort]) as round:
-        state = round.train(state, cohort)
+def _trained(run: Opened, stand: Stand, round: Round, cohort: list[ClientInfo]) -> ServerState:
+    federation = run.federation
+    state = round.train(stand.state, cohort)
+    if not trouble(state):
         published = federation.strategy.published(state)
-        run.publish(number, published, federation.job, federation.plan, provenance(federation, round))
-        if due:
-            state = round.evaluate(state)
-        return state, round.report(state.metrics, state.selected)
+        run.folder.publish(round.number, published, federation.job, federation.plan, provenance(federation, round))
+        run.write("published", round=round.number)
+    return state
+
+
+def _rolled_back(run: Opened, stand: Stand, round: Round, why: str) -> Stand:
+    """As if the round had not been, save for its record: clients are told with the next ask to forget it too."""
+    number, federation = round.number, run.federation
+    run.write("rolled_back", round=number, reason=why)
+    run.folder.roll_back(number)
+    record = round.report({}, {}, [*run.notes(number), f"rolled back: {why}"])
+    after = _settled(run, round, stand.after(record, stand.state, stand.known, undone=number))
+    if in_a_row(after.undone, number) >= MOST_IN_A_ROW:
+        raise RoundFailed(
+            f"{MOST_IN_A_ROW} rounds in a row were rolled back, the last as {why}; `adapter` leads to the last sound one. "
+            f"Try a smaller train.lr; or, if that is as it should be, a larger rounds.max_rise, with --resume"
+        )
+    federation.wire.known = after.known
+    return after
+
+
+def _settled(run: Opened, round: Round, after: Stand) -> Stand:
+    """On the disk, in this order: the checkpoint, its line in the journal, the round's line; then the spool may go."""
+    with writing(run.folder.path):
+        run.folder.checkpoints.write(after.checkpoint(run.federation.run))
+    run.write("state", round=round.number)
+    record = after.records[-1]
+    run.folder.log(record)
+    run.federation.watcher.round_ended(record)
+    round.clear()
+    return after
+
+
+def is_due(job: Job, number: int) -> bool:
+    """Whether held-out examples are looked at after this round."""
+    return job.rounds.evaluate_every > 0 and number % job.rounds.evaluate_every == 0
 
 
 def draw_cohort(job: Job, clients: Mapping[str, ClientInfo], number: int) -> list[ClientInfo]:

@@ -7,25 +7,30 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from fedtune.errors import FedtuneError, RoundFailed
+from fedtune.errors import MALFORMED, FedtuneError, RoundFailed
 from fedtune.growing import Growing
 from fedtune.job import Job
 from server.bundle import make_bundle
 from server.flower_control import COMPLETED, Control, NoSuperLink
+from server.journal import entry_of
 from server.records import RoundRecord, Watcher
 
 POLL = 0.1  # seconds between looks at the metrics
 STATUS_POLL = 2.0  # seconds between questions to the SuperLink
 
 
-def submit(control: Control, job: Job, folder: Path, at: Path, clientapp: str, federation: str = "") -> int:
+def submit(
+    control: Control, job: Job, folder: Path, at: Path, clientapp: str, federation: str = "", resume: bool = False
+) -> int:
     """The job as a run of `server.app` that writes `folder`; the bundle is made in `at`. Returns the run's id.
 
     All that it is told goes to every node, so only simulations tell it so.
     """
     bundle = make_bundle(at / "bundle", "server.app:app", clientapp)
-    return control.submit(bundle, {"job": job.model_dump_json(), "folder": str(folder.absolute()), "keys": ""}, federation)
+    config = {"job": job.model_dump_json(), "folder": str(folder.absolute()), "keys": "", "resume": "1" if resume else ""}
+    return control.submit(bundle, config, federation)
 
 
 def submit_bare(control: Control, at: Path, clientapp: str) -> int:
@@ -82,14 +87,40 @@ def require_completed(status: str, details: str, log: str = "") -> None:
 
 
 class Progress:
-    """Tells a watcher of each round as its line appears in `metrics.jsonl`."""
+    """Tells a watcher of each round as its line appears in `metrics.jsonl`; of one that a crash had played again, once."""
 
     def __init__(self, metrics: Path, watcher: Watcher) -> None:
         self._metrics, self._watcher = Growing(metrics), watcher
+        self._shown = dict[int, tuple[Any, ...]]()
 
     def show(self) -> None:
         for line in self._metrics.new():
-            self._watcher.round_ended(RoundRecord.from_json(json.loads(line)))
+            record = _record(line)
+            if record and self._shown.get(record.round) != (record.loss, record.metrics):
+                self._shown[record.round] = record.loss, record.metrics
+                self._watcher.round_ended(record)
+
+
+def _record(line: bytes) -> RoundRecord | None:
+    """None of a line that a crash has left half written."""
+    try:
+        return RoundRecord.from_json(json.loads(line))
+    except MALFORMED:
+        return None
+
+
+class Waiting:
+    """Tells why a run waits, as its journal says it, and that it no longer does: with an empty reason."""
+
+    def __init__(self, journal: Path, tell: Callable[[str], object]) -> None:
+        """What was in it before is old."""
+        self._lines, self._tell = Growing(journal, journal.stat().st_size if journal.exists() else 0), tell
+
+    def look(self) -> None:
+        entries = [entry for line in self._lines.new() if (entry := entry_of(line))]
+        if entries:
+            last = entries[-1]
+            self._tell(str(last.about.get("reason", "")) if last.what == "waiting" else "")
 
 
 def keep_log(address: str, ca: Path | None, run: int, file: Path) -> threading.Thread:

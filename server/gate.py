@@ -26,6 +26,10 @@ SCALE = ".scale"  # ends the name of a scalar that is the scale of a module
 Schema = tuple[tuple[str, tuple[float, ...]], ...]  # of each tensor its name and shape, of each scale its value; by name
 
 
+class Diverged(Refused):
+    """A figure of the client's is not finite: of its held-out loss, that says that the model does it harm."""
+
+
 def admit(
     envelope: Envelope,
     ask_id: str,
@@ -94,7 +98,8 @@ def _require_finite(answer: Answer) -> None:
             raise Refused(f"'{name}' is not finite")
     for name, value in [*answer.payload.scalars.items(), *answer.metrics.items()]:
         if not math.isfinite(value):
-            raise Refused(f"'{name}' is {value}, wanted a finite number")
+            kind = Diverged if answer.metrics.get("loss") is value else Refused
+            raise kind(f"'{name}' is {value}, wanted a finite number")
 
 
 def _require_named(answer: Answer, names: Collection[str], vectors: Collection[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from flwr.serverapp import Grid
@@ -20,18 +21,37 @@ from server.tally import LONGEST_REASON
 LIMITS = ("layers", "memory", "seconds")  # what a client may say that it can afford
 
 
-def meet(grid: Grid, job: Job, plan: Blueprint, post: Post = OPEN) -> tuple[dict[str, ClientInfo], dict[str, int]]:
-    """Say hello to every node: what each client says of itself, and its node, by client id.
+Met = tuple[dict[str, ClientInfo], dict[str, int]]  # what each client says of itself, and its node, by client id
 
-    Those that cannot take part, or have another base model, are left out. Raises RoundFailed when too few remain.
-    """
-    hello = pack_ask(Ask("hello"), "", {"ask": "hello", "run": job.name, "job": job.model_dump(mode="json")})
+
+def meet(grid: Grid, job: Job, plan: Blueprint, post: Post = OPEN, run: str = "") -> Met:
+    """Say hello to every node. Those that cannot take part, or have another base model, are left out. Raises RoundFailed when
+    too few remain."""
+    wanted, left_out = job.clients.count or 1, list[str]()
+    # one that is wanted and away may come back
+    clients, nodes = greet(grid, grid.get_node_ids(), job, plan, post, run, job.rounds.timeout, wanted, left_out.append)
+    if len(clients) < wanted:
+        reasons = f": {'; '.join(left_out)}" if left_out else ""
+        raise RoundFailed(f"{len(clients)} clients can take part, wanted {wanted} (clients.count){reasons}")
+    return clients, nodes
+
+
+def greet(
+    grid: Grid,
+    whom: Iterable[int],
+    job: Job,
+    plan: Blueprint,
+    post: Post,
+    run: str,
+    timeout: float,
+    enough: int = 0,
+    left_out: Callable[[str], object] = lambda reason: None,
+) -> Met:
+    """Say hello to these nodes; of those that are left out, `left_out` hears why."""
+    hello = pack_ask(Ask("hello"), "", {"ask": "hello", "run": run or job.name, "job": job.model_dump(mode="json")})
     clients: dict[str, ClientInfo] = {}
     nodes: dict[str, int] = {}
-    left_out = []
-    wanted = job.clients.count or 1
-    asks = dict.fromkeys(grid.get_node_ids(), hello)
-    for reply in exchange(grid, asks, job.rounds.timeout, post, enough=wanted):  # one that is wanted and away may come back
+    for reply in exchange(grid, dict.fromkeys(whom, hello), timeout, post, enough=enough):
         try:
             info = _introduced(reply, plan.adapter.base)
             _require_possible(info, job, plan)
@@ -40,14 +60,10 @@ def meet(grid: Grid, job: Job, plan: Blueprint, post: Post = OPEN) -> tuple[dict
             if info.id in clients:
                 raise ClientFailed(f"node {reply.node}: a client named '{info.id}' is already here, names must differ")
         except ClientFailed as reason:
-            left_out.append(one_line(str(reason), LONGEST_REASON))
+            left_out(one_line(str(reason), LONGEST_REASON))
         else:
             clients[info.id], nodes[info.id] = info, reply.node
-    clients = {id: _with_the_job(info, job, plan) for id, info in clients.items()}
-    if len(clients) < wanted:
-        reasons = f": {'; '.join(left_out)}" if left_out else ""
-        raise RoundFailed(f"{len(clients)} clients can take part, wanted {wanted} (clients.count){reasons}")
-    return dict(sorted(clients.items())), nodes
+    return {id: with_the_job(info, job, plan) for id, info in sorted(clients.items())}, nodes
 
 
 def _introduced(reply: Reply, base: str) -> ClientInfo:
@@ -73,7 +89,7 @@ def _introduced(reply: Reply, base: str) -> ClientInfo:
     return info
 
 
-def _with_the_job(info: ClientInfo, job: Job, plan: Blueprint) -> ClientInfo:
+def with_the_job(info: ClientInfo, job: Job, plan: Blueprint) -> ClientInfo:
     """And what the job says of this client."""
     pins = pinned(job, plan.adapter.lora, info.rank, info.scale)
     return replace(info, pinned=pins, steps=job.train.steps_for(info.examples), lr=job.train.lr, sizes=plan.sizes)

@@ -40,6 +40,7 @@ class RoundRecord:
     clients: Mapping[str, ClientRecord] = field(default_factory=dict)
     selected: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # client -> layer -> share of it that trained
     layer_errors: Mapping[str, float] = field(default_factory=dict)  # aggregation error of each module, by its path
+    notes: tuple[str, ...] = ()  # what was out of the ordinary: taken up again, rolled back, late answers
 
     @property
     def bytes_down(self) -> int:
@@ -65,7 +66,8 @@ class RoundRecord:
 
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> RoundRecord:
-        return cls(**{**given, "clients": {id: ClientRecord(**client) for id, client in given["clients"].items()}})
+        clients = {id: ClientRecord(**client) for id, client in given["clients"].items()}
+        return cls(**{**given, "clients": clients, "notes": tuple(given.get("notes", ()))})
 
 
 @dataclass(frozen=True)

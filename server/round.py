@@ -1,33 +1,43 @@
-"""One open round: the strategy's asks go out, answers pass the gate, are spooled, folded and handed back to it."""
+"""One open round: the strategy's asks go out, answers pass the gate, are spooled, folded and handed back to it.
+
+A round that is taken up again after a crash runs from its start, with the asks that it had: they are a function of the state
+and the answers. What the journal says has come is read from the spool; only the others are asked.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from types import TracebackType
+from types import MappingProxyType
 
 from flwr.serverapp import Grid
 
 from fedtune.aggregation import split
 from fedtune.base import Blueprint
 from fedtune.envelope import Envelope
-from fedtune.errors import MALFORMED, ClientFailed, Refused, RoundFailed
+from fedtune.errors import MALFORMED, ClientFailed, Damaged, Refused, RoundFailed
 from fedtune.job import Job
 from fedtune.strategy import Answer, Answers, Ask, ClientInfo, Fold, ServerState, Strategy
 from fedtune.wire.ends import ServerEnd
-from server.exchange import exchange
-from server.gate import admit, misfits, schema_of
+from fedtune.wire.ledger import Cost
+from server.exchange import AWAY, exchange
+from server.gate import Diverged, admit, misfits, schema_of
+from server.journal import Journal
 from server.limits import most_numbers
+from server.past import NOTHING, Asked
 from server.post import OPEN, Post
 from server.records import RoundRecord, Watcher
+from server.roll import Roll
 from server.run_folder import RunFolder, writing
 from server.spool import Spool, SpooledAnswers
 from server.tally import Tally
 
 Selected = Mapping[str, Mapping[str, float]]
+NOTHING_ASKED_BEFORE: Mapping[str, Asked] = MappingProxyType({})
+HAS_IT = Envelope({})  # of a client whose answer was refused, and which took the broadcast
 
 
 @dataclass(frozen=True)
@@ -38,25 +48,36 @@ class Federation:
     strategy: Strategy
     plan: Blueprint
     grid: Grid
-    clients: Mapping[str, ClientInfo]
-    nodes: Mapping[str, int]  # client id -> node of the grid
+    roll: Roll
     watcher: Watcher
     wire: ServerEnd
+    journal: Journal
+    run: str  # its name in every message, and in no other run's
     post: Post = OPEN
+
+    @property
+    def clients(self) -> Mapping[str, ClientInfo]:
+        return self.roll.clients
 
 
 class Round:
-    """`with Round(...) as round`: the spool is there while it is open, and gone afterwards, however it ended."""
+    """`past`: what became of its asks before it was taken up again, by their ids. Its spool stays until `clear`."""
 
-    def __init__(self, federation: Federation, run: RunFolder, number: int, clients: Iterable[str]) -> None:
+    def __init__(
+        self,
+        federation: Federation,
+        run: RunFolder,
+        number: int,
+        clients: Iterable[str],
+        past: Mapping[str, Asked] = NOTHING_ASKED_BEFORE,
+        undone: Collection[int] = (),
+    ) -> None:
         self.number, self.shares, self.tally = number, dict[str, float](), Tally(clients)
-        self._federation, self._run, self._began = federation, run, time.monotonic()
-
-    def __enter__(self) -> Round:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        Spool(self._run.spool).clear()
+        self.diverged = set[str]()  # clients whose held-out loss was not finite
+        self._undone = sorted(undone)  # rounds that were rolled back: clients forget them with the next ask
+        self._federation, self._run, self._past, self._began = federation, run, past, time.monotonic()
+        self._costs: dict[str, Cost] = {}  # of the answers to the open ask, as they came
+        self._digests: dict[str, str] = {}  # and of what lies in its spool
 
     def train(self, state: ServerState, cohort: Sequence[ClientInfo]) -> ServerState:
         """Drive the strategy's generator from state to state; `shares` are then the clients' in its last fold."""
@@ -73,59 +94,85 @@ class Round:
 
     def evaluate(self, state: ServerState) -> ServerState:
         """Every client looks at what is published with its held-out examples; a failure here costs no round."""
-        clients = self.tally.able(self._federation.clients)
+        clients, ask_id = self.tally.able(self._federation.clients), f"{self.number}.evaluate"
         ask = self._federation.strategy.evaluation(state, clients)
         answered = []
-        for client, answer, _ in self._admitted(clients, ask, f"{self.number}.evaluate"):
+        for client, answer in self._admitted(clients, ask, ask_id):
             self.tally.held_out(client, answer)
             answered.append(client)
+        self._close(ask_id, answered)
         return self._federation.strategy.evaluated(state, clients, answered)
 
-    def report(self, own: Mapping[str, float], selected: Selected | None = None) -> RoundRecord:
-        """Log the round's record, with the strategy's own metrics, and tell the watcher."""
+    def report(self, own: Mapping[str, float], selected: Selected | None = None, notes: Sequence[str] = ()) -> RoundRecord:
+        """The round's record, with the strategy's own metrics."""
         figures = self.tally.figures()
         loss = figures.pop("loss", None)
         if loss is not None and self._federation.job.model.task == "causal":
             figures["perplexity"] = math.exp(min(loss, 700.0))
-        seconds = time.monotonic() - self._began
+        seconds, clients = time.monotonic() - self._began, self.tally.clients
         layers, own = split(own)
-        record = RoundRecord(self.number, loss, {**figures, **own}, seconds, self.tally.clients, selected or {}, layers)
-        self._run.log(record)
-        self._federation.watcher.round_ended(record)
-        return record
+        return RoundRecord(self.number, loss, {**figures, **own}, seconds, clients, selected or {}, layers, tuple(notes))
+
+    def clear(self) -> None:
+        Spool(self._run.spool).clear()
 
     def _answers(self, ask: Ask, ask_id: str, cohort: Sequence[ClientInfo]) -> Answers:
         """Spool what passes the gate, and give the strategy what it may see of it."""
-        spool, weights, schemas, metrics = Spool(self._run.spool / ask_id), dict[str, float](), {}, {}
-        for client, answer, envelope in self._admitted(self.tally.able(info.id for info in cohort), ask, ask_id):
-            with writing(self._run.path):
-                spool.put(client, envelope)
+        weights, schemas, metrics = dict[str, float](), {}, {}
+        for client, answer in self._admitted(self.tally.able(info.id for info in cohort), ask, ask_id):
             weights[client], schemas[client], metrics[client] = answer.weight, schema_of(answer, ask.fold), answer.metrics
         for client, reason in ({} if ask.tensors else misfits(schemas)).items():
             self.tally.failed(client, f"refused: {reason}")
             del weights[client]
+        self._require_quorum(ask, len(weights), len(cohort))
+        self._close(ask_id, weights)
         for client in weights:
             self.tally.trained(client, metrics[client])
-        self._require_quorum(ask, len(weights), len(cohort))
-        return SpooledAnswers(spool, weights, ask.fold, self._decoding(ask))
+        return SpooledAnswers(self._spool(ask_id), dict(self._digests), weights, ask.fold, self._decoding(ask))
 
-    def _admitted(self, clients: Sequence[str], ask: Ask, ask_id: str) -> Iterator[tuple[str, Answer, Envelope]]:
+    def _close(self, ask_id: str, answered: Collection[str]) -> None:
+        """From here on these answers count, and no others, however often the round is taken up again."""
+        if not self._past_of(ask_id).closed:
+            failed = {client: {"reason": record.failed} for client, record in self.tally.clients.items() if record.failed}
+            self._federation.journal.write("closed", ask=ask_id, answered=sorted(answered), failed=failed)
+
+    def _admitted(self, clients: Sequence[str], ask: Ask, ask_id: str) -> Iterator[tuple[str, Answer]]:
         """The answers that pass the gate, as they come; the reasons of the others go into the tally."""
         federation = self._federation
         lower_rank, decoded = ask.fold is Fold.EACH and federation.strategy.mixed_ranks, self._decoding(ask)
+        self._costs, self._digests = {}, {}
         for client, envelope in self._replies(clients, ask, ask_id):
             try:
                 info, like, decode = federation.clients[client], federation.plan.adapter, partial(decoded, client)
                 shapes = federation.plan.shapes
                 answer = admit(envelope, ask_id, info, like, self._most, lower_rank, ask, shapes, decode)
                 self.tally.read(client, envelope, answer.payload)
-                yield client, answer, envelope
             except Refused as reason:
-                self.tally.failed(client, f"refused: {reason}")
+                self._fail(client, ask_id, f"refused: {reason}", has=True, diverged=isinstance(reason, Diverged))
             except ClientFailed as reason:
-                self.tally.failed(client, str(reason))
+                self._fail(client, ask_id, str(reason))
             except MALFORMED as error:
-                self.tally.failed(client, f"refused: it is malformed ({type(error).__name__})")
+                self._fail(client, ask_id, f"refused: it is malformed ({type(error).__name__})", has=True)
+            else:
+                self._keep(client, ask_id, envelope)
+                yield client, answer
+
+    def _keep(self, client: str, ask_id: str, envelope: Envelope) -> None:
+        """In the spool, then in the journal: then it counts."""
+        if client in self._digests:
+            return  # it lay there
+        with writing(self._run.path):
+            digest = self._digests[client] = self._spool(ask_id).put(client, envelope)
+            cost = asdict(self._costs.get(client, Cost()))
+            self._federation.journal.write("answered", ask=ask_id, client=client, digest=digest, cost=cost)
+
+    def _fail(self, client: str, ask_id: str, reason: str, has: bool = False, diverged: bool = False) -> None:
+        """`has`: whether the broadcast has come to it all the same."""
+        self.tally.failed(client, reason)
+        self.diverged |= {client} if diverged else set()
+        told = {"reason": self.tally.clients[client].failed, "has": has, "diverged": diverged}
+        with writing(self._run.path):
+            self._federation.journal.write("failed", ask=ask_id, client=client, **told)
 
     def _decoding(self, ask: Ask) -> Callable[[str, Envelope], Answer]:
         """How the wire reads a client's answer: no more numbers than it can have been asked for."""
@@ -136,29 +183,57 @@ class Round:
         """Clients whose version of the broadcast is not the one that was taken for theirs are asked again, with everything."""
         wire, outdated = self._federation.wire, []
         timeout, began = self._federation.job.rounds.timeout, time.monotonic()
-        for client, envelope in self._exchanged(
-            self._packed(clients, ask, ask_id), ask, timeout, self._quorum(ask, len(clients))
-        ):
+        packed = self._packed(clients, ask, ask_id)
+        came = yield from self._before(packed, ask, ask_id)
+        rest = {client: envelope for client, envelope in packed.items() if client not in came}
+        enough = self._quorum(ask, len(clients)) - len(self._digests)
+        for client, envelope in self._exchanged(rest, ask, ask_id, timeout, enough):
             if wire.arrived(client, envelope):
                 outdated.append(client)
             elif envelope is not None:
                 yield client, envelope
         again = self._packed(outdated, ask, ask_id)
         left = max(timeout - (time.monotonic() - began), 0.0)
-        for client, envelope in self._exchanged(again, ask, left, again=True) if outdated else ():
+        for client, envelope in self._exchanged(again, ask, ask_id, left, again=True):
             wire.arrived(client, envelope)
             if envelope is not None:
                 yield client, envelope
         wire.settle()
 
+    def _before(
+        self, packed: Mapping[str, Envelope], ask: Ask, ask_id: str
+    ) -> Generator[tuple[str, Envelope], None, Collection[str]]:
+        """What has become of the ask before this round was taken up again; returns the clients that need not be asked."""
+        past, settled = self._past_of(ask_id), set[str]()
+        for client in sorted(packed.keys() & past.answered.keys()):
+            try:
+                envelope = self._spool(ask_id).get(client, past.answered[client].get("digest", ""))
+            except Damaged as reason:
+                self._federation.journal.write("damaged", reason=str(reason))  # it is asked again, and sends the same
+                continue
+            self._digests[client] = past.answered[client]["digest"]
+            self.tally.sent(client, packed[client], ask.payload_for(client))
+            self.tally.came_before(client, Cost(**past.answered[client]["cost"]), envelope)
+            self._federation.wire.arrived(client, envelope)
+            settled.add(client)
+            yield client, envelope
+        for client in packed.keys() & past.failed.keys():
+            self.tally.failed(client, past.failed[client]["reason"])
+            self.diverged |= {client} if past.failed[client].get("diverged") else set()
+            self._federation.wire.arrived(client, HAS_IT if past.failed[client].get("has") else None)
+            settled.add(client)
+        return settled
+
     def _exchanged(
-        self, asks: Mapping[str, Envelope], ask: Ask, timeout: float, enough: int = 0, again: bool = False
+        self, asks: Mapping[str, Envelope], ask: Ask, ask_id: str, timeout: float, enough: int = 0, again: bool = False
     ) -> Iterator[tuple[str, Envelope | None]]:
         """What is sent `again` would not have been, without codecs: it counts as no larger than it is."""
-        federation = self._federation
-        names = {federation.nodes[client]: client for client in asks}
+        if not asks:
+            return
+        federation, names = self._federation, self._nodes(asks, ask_id)
+        federation.journal.write("asked", ask=ask_id, clients=sorted(names.values()))
         federation.watcher.doing(ask.kind, 0, len(asks))
-        by_node = {federation.nodes[client]: envelope for client, envelope in asks.items()}
+        by_node = {node: asks[client] for node, client in names.items()}
 
         def sent(node: int, envelope: Envelope) -> None:
             self.tally.sent(names[node], envelope, None if again else ask.payload_for(names[node]))
@@ -168,15 +243,31 @@ class Round:
             federation.watcher.doing(ask.kind, done, len(asks))
             client = names[reply.node]
             if reply.carried is not None:
-                self.tally.came(client, reply.carried, reply.envelope)
+                self._costs[client] = self.tally.came(client, reply.carried, reply.envelope)
             if reply.envelope is None:
-                self.tally.failed(client, reply.failed)
+                self._fail(client, ask_id, reply.failed)
             yield client, reply.envelope
+
+    def _nodes(self, clients: Iterable[str], ask_id: str) -> dict[int, str]:
+        """Where they are; a client whose node nobody knows has failed."""
+        roll, clients = self._federation.roll, list(clients)
+        roll.find(clients)
+        for client in clients:
+            if client not in roll.nodes:
+                self._fail(client, ask_id, AWAY)
+        return {roll.nodes[client]: client for client in clients if client in roll.nodes}
 
     def _packed(self, clients: Sequence[str], ask: Ask, ask_id: str) -> dict[str, Envelope]:
         federation = self._federation
-        header = {"ask": ask_id, "run": federation.job.name, "round": self.number, "base": federation.plan.adapter.base}
+        header = {"ask": ask_id, "run": federation.run, "round": self.number, "base": federation.plan.adapter.base}
+        header |= {"undone": self._undone} if self._undone else {}
         return {client: federation.wire.ask(ask, client, header) for client in clients}
+
+    def _past_of(self, ask_id: str) -> Asked:
+        return self._past.get(ask_id, NOTHING)
+
+    def _spool(self, ask_id: str) -> Spool:
+        return Spool(self._run.spool / ask_id)
 
     def _quorum(self, ask: Ask, asked: int) -> int:
         """Answers that the round cannot do without."""

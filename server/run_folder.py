@@ -1,7 +1,9 @@
 """The folder of a run: what the job was, what happened, and an adapter per finished round that stock PEFT loads.
 
 job.toml   metrics.jsonl   events/   comparison.json   report.html   clients/ (own adapters, where a method gives each its own)
-rounds/0007/adapter/   adapter -> rounds/0007/adapter   spool/ (while a round is open)
+rounds/0007/adapter/   adapter -> rounds/0007/adapter
+
+What lets a run go on after a crash: journal.jsonl   state/ (the last checkpoints)   spool/ (while a round is open)   lock
 
 Methods that move the whole model by seeds leave a recipe of it in each round, and at the end the model, for stock transformers:
 rounds/0007/recipe/   recipe -> rounds/0007/recipe   model/
@@ -25,6 +27,7 @@ from typing import Any
 
 import tomli_w
 
+from fedtune import durable
 from fedtune.adapter import Adapter
 from fedtune.base import Blueprint
 from fedtune.changed_weights import ChangedWeights
@@ -35,8 +38,11 @@ from fedtune.peft_folder import write_adapter
 from fedtune.recipe import Recipe
 from fedtune.recipe_file import read_recipe, write_recipe
 from fedtune.weights_file import write_weights
+from server.checkpoint import Checkpoints
+from server.journal import Journal
 from server.records import Comparison, RoundRecord
 
+JOURNAL, METRICS = "journal.jsonl", "metrics.jsonl"
 KINDS = {Adapter: "adapter", Recipe: "recipe", ChangedWeights: "weights"}
 
 
@@ -50,8 +56,14 @@ class RunFolder:
         require_free(path)
         with writing(path), _whole_or_gone(path):
             path.mkdir(parents=True, exist_ok=True)
-            _write(path / "job.toml", tomli_w.dumps(without_none(job.model_dump(mode="json"))))
+            cls(path).describe(job)
+            durable.sync(path.parent)
         return cls(path)
+
+    def describe(self, job: Job) -> None:
+        """`job.toml`, also where the run goes on with other settings than it began with."""
+        with writing(self.path):
+            _write(self.path / "job.toml", tomli_w.dumps(without_none(job.model_dump(mode="json"))))
 
     @property
     def spool(self) -> Path:
@@ -73,10 +85,26 @@ class RunFolder:
     def model(self) -> Path:
         return self.path / "model"
 
+    def journal(self) -> Journal:
+        """Opened where it ends."""
+        with writing(self.path):
+            return Journal(self.path / JOURNAL)
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.path / "state")
+
+    def records(self) -> list[RoundRecord]:
+        """Of the rounds in `metrics.jsonl`, in order; of one that was written twice the later."""
+        found = (_record(line) for line in _lines(self.path / METRICS))
+        return [record for _, record in sorted({record.round: record for record in found if record}.items())]
+
     def log(self, record: RoundRecord) -> None:
-        """One more line of `metrics.jsonl`."""
-        with writing(self.path), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record.as_json()) + "\n")
+        """One more line of `metrics.jsonl`. One that a crash has left half written stays behind, alone in its line."""
+        with writing(self.path), (self.path / METRICS).open("ab+") as file:
+            file.seek(max(file.tell() - 1, 0))
+            whole = file.read(1) in (b"", b"\n")
+            file.write((b"" if whole else b"\n") + json.dumps(record.as_json()).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -100,12 +128,37 @@ class RunFolder:
                     write_weights(target, _with_what_is_drawn(published, job, blueprint), job, about)
                 else:
                     write_adapter(target, published, job, blueprint, provenance)
-            link = self.path / f".{kind}"
-            link.unlink(missing_ok=True)
-            link.symlink_to(target.relative_to(self.path), target_is_directory=True)
-            os.replace(link, self.path / kind)
+            self._point_to(target)
         if isinstance(published, ChangedWeights):
             self._drop_weights_but(target)
+        elif job.rounds.keep:
+            self._keep_last(job.rounds.keep, round)
+
+    def roll_back(self, round: int) -> None:
+        """What that round published is taken back: the link leads to the last one before it, if there is one."""
+        for kind in KINDS.values():
+            bad = self.path / "rounds" / f"{round:04d}" / kind
+            if not bad.exists():
+                continue
+            before = [found for found in sorted(self.path.glob(f"rounds/*/{kind}")) if found < bad]
+            with writing(self.path):
+                if before:
+                    self._point_to(before[-1])
+                else:
+                    (self.path / kind).unlink(missing_ok=True)
+                shutil.rmtree(bad.parent)
+
+    def _point_to(self, target: Path) -> None:
+        link = self.path / f".{target.name}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(target.relative_to(self.path), target_is_directory=True)
+        os.replace(link, self.path / target.name)
+        durable.sync(self.path)
+
+    def _keep_last(self, count: int, round: int) -> None:
+        for folder in self.path.glob("rounds/*"):
+            if folder.name.isdigit() and int(folder.name) <= round - count:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _drop_weights_but(self, last: Path) -> None:
         """Also those that a crash has left. What cannot be taken away now is tried again in the next round."""
@@ -135,10 +188,14 @@ def _with_what_is_drawn(weights: ChangedWeights, job: Job, blueprint: Blueprint)
     return replace(weights, values={**drawn_weights(job, blueprint), **weights.values})
 
 
+def holds_run(path: Path) -> bool:
+    return (path / "job.toml").exists()
+
+
 def require_free(path: Path) -> None:
     """Raises RunFolderError where the folder holds a run, or anything else."""
-    if (path / "job.toml").exists():
-        raise RunFolderError(f"{path} already holds a run; name another folder: --out {path}-2")
+    if holds_run(path):
+        raise RunFolderError(f"{path} already holds a run; go on with it: --resume, or name another folder: --out {path}-2")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RunFolderError(f"{path} exists and is no empty folder; name another: --out {path}-2")
 
@@ -181,10 +238,16 @@ def _existing(path: Path) -> Path:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
+    durable.write(path, [text.encode()])
+
+
+def _lines(file: Path) -> list[bytes]:
+    return file.read_bytes().splitlines() if file.exists() else []
+
+
+def _record(line: bytes) -> RoundRecord | None:
+    """None of a line that a crash has left half written."""
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        return RoundRecord.from_json(json.loads(line))
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return None

@@ -1,4 +1,4 @@
-"""Answers on disk, one file each, until the round is folded: memory does not grow with the cohort.
+"""Answers on disk, one file each, until the round is over: memory does not grow with the cohort, and a crash loses none.
 
 They are folded in the order of client ids, whatever order they came in, so the same answers give the same bits.
 """
@@ -6,12 +6,13 @@ They are folded in the order of client ids, whatever order they came in, so the 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from fedtune import durable
 from fedtune.envelope import Envelope
+from fedtune.errors import Damaged, MalformedMessage
 from fedtune.folding import FoldedAnswers
 from fedtune.strategy import Answer, Fold
 
@@ -22,18 +23,24 @@ class Spool:
     def __init__(self, folder: Path) -> None:
         self._folder = folder  # made with the first answer
 
-    def put(self, client: str, envelope: Envelope) -> None:
-        """Atomic: either the whole answer lies in the spool or none of it."""
+    def put(self, client: str, envelope: Envelope) -> str:
+        """On the disk as a whole, or not there. Its digest, which `get` wants."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(client)
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            file.writelines(envelope.pieces())
-        os.replace(temporary, path)
+        digest = hashlib.sha256()
+        durable.write(self._path(client), _hashed(envelope.pieces(), digest.update), name=False)
+        return digest.hexdigest()
 
-    def get(self, client: str) -> Envelope:
-        with self._path(client).open("rb") as file:
-            return Envelope.read(file)
+    def get(self, client: str, digest: str) -> Envelope:
+        """Raises Damaged where it is not there any more as it was written."""
+        path = self._path(client)
+        try:
+            with path.open("rb") as file:  # read twice: to hold it twice would cost memory
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    raise Damaged(f"the answer of '{client}' in {path} is not what was written")
+                file.seek(0)
+                return Envelope.read(file)
+        except (OSError, MalformedMessage) as error:
+            raise Damaged(f"the answer of '{client}' in {path} cannot be read: {error}") from error
 
     def clear(self) -> None:
         """All of it, also where Ctrl-C comes in the middle."""
@@ -51,6 +58,17 @@ class SpooledAnswers(FoldedAnswers):
     """What a strategy gets back: the spooled answers, read one at a time."""
 
     def __init__(
-        self, spool: Spool, weights: Mapping[str, float], fold: Fold, decode: Callable[[str, Envelope], Answer]
+        self,
+        spool: Spool,
+        digests: Mapping[str, str],
+        weights: Mapping[str, float],
+        fold: Fold,
+        decode: Callable[[str, Envelope], Answer],
     ) -> None:
-        super().__init__(weights, fold, lambda client: decode(client, spool.get(client)))
+        super().__init__(weights, fold, lambda client: decode(client, spool.get(client, digests[client])))
+
+
+def _hashed(pieces: Iterator[bytes], update: Callable[[bytes], object]) -> Iterator[bytes]:
+    for piece in pieces:
+        update(piece)
+        yield piece

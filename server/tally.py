@@ -27,9 +27,15 @@ class Tally:
         """`payload` is what it says; without it, plain it would be as large as it is."""
         self._add(client, _down(cost_of(envelope, payload)))
 
-    def came(self, client: str, carried: Envelope, envelope: Envelope | None = None) -> None:
+    def came(self, client: str, carried: Envelope, envelope: Envelope | None = None) -> Cost:
         """What it says is not known yet: sent plain, it would be as large as it is. `envelope` is what was sealed in it."""
-        self._add(client, _up(cost_of(carried)), _seconds((envelope or carried).header.get("seconds")))
+        cost = cost_of(carried)
+        self.came_before(client, cost, envelope or carried)
+        return cost
+
+    def came_before(self, client: str, cost: Cost, envelope: Envelope) -> None:
+        """Of an answer that lay in the spool when the round was taken up again."""
+        self._add(client, _up(cost), _seconds(envelope.header.get("seconds")))
 
     def read(self, client: str, envelope: Envelope, payload: Payload) -> None:
         """Of an answer that came, and was admitted."""

@@ -10,7 +10,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -107,18 +107,25 @@ def simulate(
         Engine, typer.Option(help="process: all clients in this process; flower: Flower's, on Ray.")
     ] = Engine.process,
     overwrite: Annotated[bool, typer.Option(help="Replace a run that is in the run folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run that is in the run folder; begin one where there is none.")
+    ] = False,
 ) -> None:
     """Run a job with all its clients on this machine."""
     from fedtune.job import load_job
 
     checked = load_job(job_file(job), set_ or [])
     folder = out or Path("runs") / checked.name
+    if resume and overwrite:
+        raise UserError("--resume goes on with the run that is there, --overwrite takes it away: type one of them")
     from server.table import LiveTable
     from server.tensorboard import TensorBoard
     from server.watchers import Several
 
-    with said_when_stopped(), _free(folder, overwrite), LiveTable(Console()) as table, TensorBoard(folder) as events:
-        _run(checked, folder, engine, Several([table, events]))
+    free = nullcontext() if resume else _free(folder, overwrite)
+    kept = f"the run is in {folder} and goes on with --resume"
+    with said_when_stopped(kept), free, LiveTable(Console()) as table, TensorBoard(folder) as events:
+        _run(checked, folder, engine, Several([table, events]), resume)
     of_the_server.say_where(folder)
 
 
@@ -215,16 +222,16 @@ def export(
         typer.echo(export_run(run, out, Form(as_, rank, dtype, round)))
 
 
-def _run(job: Job, folder: Path, engine: Engine, watcher: Watcher) -> None:
+def _run(job: Job, folder: Path, engine: Engine, watcher: Watcher, resume: bool) -> None:
     from simulations import engine as in_process
 
     if engine is Engine.process:
-        in_process.simulate(job, folder, watcher)
+        in_process.simulate(job, folder, watcher, resume)
         return
     from simulations.flower_engine import run_with_flower
 
     in_process.require_comparable(job)
-    run_with_flower(job, folder, watcher)
+    run_with_flower(job, folder, watcher, resume)
     if job.compare:
         in_process.compare_with(in_process.resident_trainer(job, watcher), folder, watcher)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from client.personal import folder_name
@@ -11,20 +12,25 @@ from fedtune.job import Job
 from server.coordinator import RunResult, run_job
 from server.records import Watcher
 from server.report_folder import read_run
+from server.resuming import require_resumable
 from server.run_folder import RunFolder, require_free, writing
 from simulations.compare import compare
 from simulations.grid import InProcessGrid
 
 
-def simulate(job: Job, folder: Path, watcher: Watcher) -> RunResult:
-    """Play the whole job here, and the baselines where it says `compare`.
+MEMORY = "memory"  # of all clients, in the run's folder while it runs
+
+
+def simulate(job: Job, folder: Path, watcher: Watcher, resume: bool = False) -> RunResult:
+    """Play the whole job here, and the baselines where it says `compare`; with `resume` go on with the run in the folder.
 
     What is wrong with the job, the model or any client's data ends it before the first step.
     """
-    require_free(folder)
+    require_resumable(folder, job) if resume else require_free(folder)
     require_comparable(job)
-    trainer = resident_trainer(job, watcher)
-    result = run_simulation(trainer, folder, watcher)
+    trainer = resident_trainer(job, watcher, folder / MEMORY)
+    result = run_simulation(trainer, folder, watcher, resume=resume)
+    shutil.rmtree(folder / MEMORY, ignore_errors=True)
     if job.compare:
         compare_with(trainer, folder, watcher)
     return result
@@ -49,9 +55,10 @@ def require_comparable(job: Job) -> None:
         raise JobError("compare = true measures on held-out examples, given data.held_out = 0; set data.held_out = 0.2")
 
 
-def resident_trainer(job: Job, watcher: Watcher) -> Trainer:
-    """The trainer with every client's data read, so that a bad file is known before any time is spent."""
-    trainer = Trainer.for_simulation(job)
+def resident_trainer(job: Job, watcher: Watcher, memory: Path | None = None) -> Trainer:
+    """The trainer with every client's data read, so that a bad file is known before any time is spent. What the clients remember
+    is kept in `memory`; without it, it goes with this process."""
+    trainer = Trainer.for_simulation(job, memory)
     for number, client in enumerate(trainer.clients):
         watcher.doing("reading data", number, len(trainer.clients))
         trainer.data(client)
@@ -60,8 +67,10 @@ def resident_trainer(job: Job, watcher: Watcher) -> Trainer:
     return trainer
 
 
-def run_simulation(trainer: Trainer, folder: Path, watcher: Watcher, write_model: bool = True) -> RunResult:
-    result = run_job(trainer.job, InProcessGrid(trainer), folder, watcher, write_model)
+def run_simulation(
+    trainer: Trainer, folder: Path, watcher: Watcher, write_model: bool = True, resume: bool = False
+) -> RunResult:
+    result = run_job(trainer.job, InProcessGrid(trainer), folder, watcher, write_model, resume=resume)
     if trainer.strategy.personal:
         write_own_adapters(trainer, result)
     return result

@@ -12,11 +12,17 @@ from simulations.flower_processes import FlowerProcesses
 
 
 def run_through(
-    flower: FlowerProcesses, job: Job, folder: Path, clientapp: str, watcher: Watcher, federation: str = ""
+    flower: FlowerProcesses,
+    job: Job,
+    folder: Path,
+    clientapp: str,
+    watcher: Watcher,
+    federation: str = "",
+    resume: bool = False,
 ) -> None:
     """The job on the SuperLink that `flower` has started. Raises RoundFailed with Flower's reason when it failed."""
     with Control(flower.address) as control:
-        run = submit(control, job, folder, flower.folder, clientapp, federation=federation)
+        run = submit(control, job, folder, flower.folder, clientapp, federation, resume)
         log = keep_log(flower.address, None, run, flower.log("run"))
         status, details = follow(control, run, Progress(folder / "metrics.jsonl", watcher), flower.check)
     log.join(timeout=5.0)

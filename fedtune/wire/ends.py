@@ -24,7 +24,7 @@ from fedtune.wire.packed import pack, unpack
 from fedtune.wire.presets import Wire
 from fedtune.wire.raw import answer_with, pack_answer, pack_ask, require_version, unpack_answer, unpack_ask
 from fedtune.wire.stage import Key
-from fedtune.wire.versions import START, Held, Versions, received, sent_to
+from fedtune.wire.versions import START, Held, Known, Versions, received, sent_to
 
 PACKED = "fedtune.packed"
 NOTHING_ASKED = Ask("")
@@ -56,6 +56,17 @@ class ServerEnd:
         self._asked: dict[tuple[str, str], tuple[Ask, Ask]] = {}  # of this round's asks by id and client: as meant, as it came
         self._coming: dict[str, tuple[str, Held]] = {}  # what each client builds on, and what it has then
         self._sent: dict[tuple[int, str], _Broadcast] = {}  # of the open ask: by a payload's id, and who has what
+
+    @property
+    def known(self) -> Known:
+        """Between rounds, for a checkpoint."""
+        return self._versions.known
+
+    @known.setter
+    def known(self, known: Known) -> None:
+        """Whatever was asked since is as if it had not been."""
+        self._versions.known = known
+        self._round, self._asked, self._coming, self._sent = None, {}, {}, {}
 
     def ask(self, ask: Ask, client: str, header: Mapping[str, Any]) -> Envelope:
         """The message for one client. Clients that have the same and are sent the same share its bytes."""

@@ -64,6 +64,15 @@ def sent_to(held: Held, payload: Payload, codecs: Codecs, seed: int, ask_id: str
     return Sent(held.version, packed, after)
 
 
+@dataclass(frozen=True)
+class Known:
+    """The server's notes as a checkpoint keeps them."""
+
+    held: Mapping[str, Held] = field(default_factory=dict)  # by client; of one version all have the same
+    since: Mapping[str, int] = field(default_factory=dict)  # version -> the ask that made it
+    asked: int = 0
+
+
 class Versions:
     """The server's notes: who has what. At most `most` versions; older ones are forgotten."""
 
@@ -88,6 +97,15 @@ class Versions:
         self._since = {held.version: self._since.get(held.version, self._asked) for held in self._held.values()}
         young = sorted(self._since, key=lambda version: (-self._since[version], version))[: self._most]
         self._held = {client: held for client, held in self._held.items() if held.version in young}
+
+    @property
+    def known(self) -> Known:
+        """Between asks: all that is needed to go on in another process."""
+        return Known(dict(self._held), dict(self._since), self._asked)
+
+    @known.setter
+    def known(self, known: Known) -> None:
+        self._held, self._since, self._asked = dict(known.held), dict(known.since), known.asked
 
 
 # the client

@@ -1,0 +1,74 @@
+"""When a round did harm: what it published is not finite, or the held-out loss has exploded.
+
+No single client can bring that about: losses are compared client by client with those of the last evaluation, and the median
+of the changes counts.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedtune.strategy import ServerState
+from server.records import RoundRecord
+from server.tally import Tally
+
+MOST_IN_A_ROW = 3
+ROLLED_BACK = "rolled back"  # begins the note of such a round
+
+
+class Evaluated(Protocol):
+    tally: Tally
+    diverged: set[str]  # clients whose loss was not finite
+
+
+def trouble(
+    state: ServerState, round: Evaluated | None = None, before: Sequence[RoundRecord] = (), max_rise: float | None = None
+) -> str:
+    """Why the round must not count; empty where it may."""
+    if name := not_finite(state):
+        return f"'{name}' is not finite any more"
+    if round is None:
+        return ""
+    now = {client: figures["loss"] for client, figures in round.tally.evaluated.items() if "loss" in figures}
+    if round.diverged and len(round.diverged) >= len(now):
+        return f"the held-out loss of {len(round.diverged)} of {len(round.diverged) + len(now)} clients is not finite"
+    rise = median_rise(last_losses(before), now)
+    if max_rise is not None and rise > max_rise:
+        return f"the held-out loss rose by {rise:.3g} (rounds.max_rise = {max_rise:g})"
+    return ""
+
+
+def not_finite(state: ServerState) -> str:
+    """The first tensor that is not; empty where all are."""
+    factors = {f"{path}.{part}": getattr(pair, part) for path, pair in state.adapter.lora.items() for part in "AB"}
+    named: Iterable[tuple[str, Tensor]] = [*factors.items(), *state.adapter.dense.items(), *state.tensors.items()]
+    bad = (name for name, tensor in named if tensor.is_floating_point() and not torch.isfinite(tensor).all())
+    return next(bad, "")
+
+
+def last_losses(before: Sequence[RoundRecord]) -> Mapping[str, float]:
+    """Of each client, of the last round that counts and was evaluated."""
+    for record in reversed(before):
+        losses = {client: one.loss for client, one in record.clients.items() if one.loss is not None}
+        if losses and not any(note.startswith(ROLLED_BACK) for note in record.notes):
+            return losses
+    return {}
+
+
+def median_rise(before: Mapping[str, float], now: Mapping[str, float]) -> float:
+    """Over the clients that were evaluated both times; none is no rise."""
+    both = before.keys() & now.keys()
+    return statistics.median(now[client] - before[client] for client in both) if both else 0.0
+
+
+def in_a_row(undone: Collection[int], number: int) -> int:
+    """How many rounds, up to this one, were rolled back without one that was not."""
+    count = 0
+    while number - count in undone:
+        count += 1
+    return count
