@@ -14,6 +14,7 @@ from client.told import ANSWERS, LINK
 from client.unanswered import OPEN
 from fedtune.security.handover import Bundle
 
+MARK = "node.mark"  # there while the SuperNode is connected
 SECRET = "runtime.secret"  # between SuperNode and relay, new at each start
 
 
@@ -52,7 +53,7 @@ def _supernode(settings: Settings, bundle: Bundle | None, port: int) -> list[str
         trust = ["--root-certificates", str(bundle.ca), "--auth-supernode-private-key", str(bundle.node_key)]
     runtime = {"isolation": "process", "host": "127.0.0.1", "port": str(port)}
     secret = {"superexec-auth-secret-file": str(settings.folder / SECRET)}
-    own = {"link": str(settings.folder / LINK), "superlink": server_of(settings, bundle)}
+    own = {"link": str(settings.folder / LINK), "mark": str(settings.folder / MARK), "superlink": server_of(settings, bundle)}
     return _module("client.supernode", *_options({**own, **runtime, **secret}), *trust)
 
 

@@ -13,26 +13,28 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import httpx
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
+from flwr.common.constant import ErrorCode
 
 from client.app import SOCKET, app
 from client.runtime import Runtime, Task
 from client.told import Answers, plain
 from client.transport import checked
-from client.unanswered import Unanswered
+from client.unanswered import Left, Unanswered
 from client.waits import Waits
-from fedtune.errors import FedtuneError, UserError
+from fedtune.errors import ClientFailed, FedtuneError, UserError
 from fedtune.messages import from_record
 from fedtune.security.sealing import UNANSWERED
 
 log = logging.getLogger("fedtune.relay")
 SEALED_REASON = "the trainer's log says why"
 SHORTEST, LONGEST = 0.05, 0.5  # seconds between looks for a task
+LOST, RAISED = ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.CLIENT_APP_RAISED_EXCEPTION  # the first is asked again
+MOST = 3  # times that the same task is taken to the trainer
 GONE = 1.0  # seconds before a SuperNode that did not answer is asked again
 
 
@@ -45,57 +47,67 @@ class Relay:
         self._waits, self._trouble = Waits(SHORTEST, LONGEST), ""
 
     def serve(self, sleep: Callable[[float], None] = time.sleep) -> NoReturn:
-        self.give_up_what_was_left()
         while True:
             sleep(self.step())
 
-    def give_up_what_was_left(self) -> None:
-        """The coordinator hears at once of an ask that a relay was killed over, and does not wait until its time is over."""
-        if left := self._unanswered.left():
-            token, came = left
-            self._unanswered.forget()
-            try:
-                with self._runtime.task(token) as task:
-                    task.came_before(came)
-                    task.fail("the relay was killed while the ask was answered")
-                log.warning("the relay before this one was killed while an ask was answered; the coordinator was told")
-            except Exception as error:  # the SuperNode was started again too: nothing is known of the task any more
-                log.warning("an ask that was left open could not be given up: %s", error)
-
     def step(self) -> float:
-        """Answer a task if there is one. Seconds until the next look; no trouble ends this process."""
+        """Answer a task if there is one, first the one that was left. Seconds until the next look; no trouble ends this."""
         try:
-            token = self._runtime.acquire()
+            if left := self._unanswered.left():
+                self._settle(left, again=True)
+            elif acquired := self._acquired():
+                self._settle(acquired)
+            else:
+                return self._waits.next()
         except (httpx.HTTPError, ValueError) as error:
             self._say(f"the SuperNode gives no tasks: {error}")
             return GONE
-        self._say("")
-        if not token:
-            return self._waits.next()
-        try:
-            with self._runtime.task(token) as task:
-                task.keep = partial(self._unanswered.keep, token)
-                self._answer(task)
-        except Exception:  # the SuperNode has gone, or the run is over: nobody waits for this answer
-            log.exception("an answer could not be given back")
-        self._unanswered.forget()
         self._waits.busy()
         return 0.0
 
-    def _answer(self, task: Task) -> None:
+    def _acquired(self) -> Left | None:
+        token = self._runtime.acquire()
+        self._say("")
+        if not token:
+            return None
+        left = Left(token)
+        self._unanswered.keep(left)
+        return left
+
+    def _settle(self, left: Left, again: bool = False) -> None:
+        """Answered, given up, or known to nobody any more. Raises httpx.TransportError, and then the task is still ours."""
         try:
-            message, context = task.pull()
-            reply = self._carried(message, context)
+            with self._runtime.task(left.token) as task:
+                task.keep = self._unanswered.brought
+                self._answer(task, left, again)
+        except httpx.TransportError:
+            raise
+        except Exception as error:  # the SuperNode was started again, or the run is over: nobody waits for this answer
+            log.warning("an answer could not be given back: %s", error)
+        self._unanswered.forget()
+
+    def _answer(self, task: Task, left: Left, again: bool) -> None:
+        try:
+            if left.came:
+                task.came_before(bytes.fromhex(left.came))
+                self._unanswered.brought()
+            if left.brought >= MOST:
+                raise ClientFailed(f"{left.brought} times a relay ended while it was answered")
+            if again:
+                log.warning("takes up an ask that was left open")
+            reply = self._carried(task.pull(again))
+        except httpx.TransportError:
+            raise
         except Exception as error:
             log.exception("a message could not be answered")
-            task.fail(f"{type(error).__name__}: {error}")
+            task.fail(f"{type(error).__name__}: {error}", LOST if again else RAISED)
         else:
-            task.reply(reply, context)
+            task.reply(reply)
 
-    def _carried(self, message: Message, context: Context) -> Message:
-        began = time.monotonic()
-        context.node_config = {SOCKET: str(self._trainer)}
-        reply = app(message, context)
+    def _carried(self, message: Message) -> Message:
+        began, metadata = time.monotonic(), message.metadata
+        node_config = {SOCKET: str(self._trainer)}
+        reply = app(message, Context(metadata.run_id, metadata.dst_node_id, node_config, RecordDict(), {}))
         self._tell(message, reply, time.monotonic() - began)
         return reply
 

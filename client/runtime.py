@@ -11,58 +11,88 @@ from contextlib import contextmanager
 from typing import Any, Self
 
 import httpx
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.app.error import Error
 from flwr.common.constant import ErrorCode, SubStatus
 from flwr.common.serde import message_from_proto
-from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PullObjectResponse
+from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
     PullAppMessagesRequest,
     PullAppMessagesResponse,
+    PullTaskInputRequest,
     SendTaskHeartbeatRequest,
 )
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
 from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 from client.waits import Waits
+from fedtune.errors import FedtuneError
 
 SHORTEST, LONGEST = 0.02, 0.5  # seconds between looks for a part of a message
 SIGNED = ("/flwr.proto.Runtime/AcquireTask",)  # the one request that comes before a task has its own token
 
 
+class NothingCame(FedtuneError):
+    """A task of ours has no message that we could answer."""
+
+
 class Task(RuntimeHttpClient):
-    """One message that this process has to answer; the SuperNode takes no other until then."""
+    """One message that this process has to answer; the SuperNode takes no other until then.
 
-    _came: Message | None = None  # without its content
+    The SuperNode keeps its content until it is answered, so that another relay can take it up.
+    """
+
     keep: Callable[[bytes], None] | None = None  # is told of what came
+    _response: PullAppMessagesResponse | None = None  # what came: a message without its content, and the names of its parts
 
-    def pull(self) -> tuple[Message, Context]:
-        """The FAB that comes with them is not looked at."""
-        message, context, _, _ = pull_task_input(self)
-        return message, context
-
-    def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:
-        """Remembers what came, so that a content that cannot be read is answered too."""
-        response = super().PullMessages(request)
-        if response.messages_list:
-            came = response.messages_list[0]
-            self._came = message_from_proto(came)
-            if self.keep:
-                self.keep(came.SerializeToString())
-        return response
+    def pull(self, again: bool = False) -> Message:
+        """`again`: a relay before this one may have had it. Raises NothingCame."""
+        if self._response is None:
+            self._start(again)
+            self._response = self._received()
+        came = self._came()
+        [tree] = self._response.message_object_trees
+        pulled = make_pull_object_fn_protobuf(self.PullObject, Node(node_id=came.metadata.dst_node_id), came.metadata.run_id)
+        message = pull_and_inflate_object_from_tree(tree, pulled, lambda part: None, return_type=Message)
+        message.metadata.__dict__["_message_id"] = tree.object_id  # as Flower does: it is no part of the content
+        return message
 
     def came_before(self, came: bytes) -> None:
         """To a relay before this one, which told its `keep`."""
-        self._came = message_from_proto(ProtoMessage.FromString(came))
+        self._response = PullAppMessagesResponse.FromString(came)
+
+    def _start(self, again: bool) -> None:
+        """The FAB that comes with it is not looked at."""
+        try:
+            self.PullTaskInput(PullTaskInputRequest())
+        except httpx.HTTPStatusError:
+            if not again:  # a task is started once
+                raise
+
+    def _received(self) -> PullAppMessagesResponse:
+        """The SuperNode gives a message once."""
+        response = self.PullMessages(PullAppMessagesRequest())
+        if not response.messages_list:
+            raise NothingCame("the SuperNode has given the message of this task to another relay")
+        if self.keep:
+            self.keep(response.SerializeToString())
+        return response
+
+    def _came(self) -> Message:
+        if self._response is None:
+            raise NothingCame
+        return message_from_proto(self._response.messages_list[0])
 
     def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:
         """A task is there before the SuperNode has all of its message from the server. Flower asks again after 1, 2, 4 s."""
@@ -71,19 +101,24 @@ class Task(RuntimeHttpClient):
             time.sleep(waits.next())
         return response
 
-    def reply(self, message: Message, context: Context) -> None:
-        push_message(self, message, context)
+    def reply(self, message: Message) -> None:
+        self._push(message)
         push_task_output(self, None, SubStatus.COMPLETED, "")
 
-    def fail(self, reason: str) -> None:
-        """As an error reply. A message that never came has none: the SuperNode gives the task up when heartbeats stay away."""
-        if self._came is None:
-            return
-        error = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
-        metadata = self._came.metadata
-        context = Context(metadata.run_id, metadata.dst_node_id, {}, None, {})  # type: ignore[arg-type]
-        push_message(self, Message(error, reply_to=self._came), context)
+    def fail(self, reason: str, code: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION) -> None:
+        """As an error reply. A message that never came has none: client/replies.py makes one where nobody has the task."""
+        if self._response is not None:
+            self._push(Message(Error(code=code, reason=reason), reply_to=self._came()))
         push_task_output(self, None, SubStatus.FAILED, reason)
+
+    def _push(self, reply: Message) -> None:
+        """And then the SuperNode may throw away what was answered."""
+        metadata = self._came().metadata
+        context = Context(metadata.run_id, metadata.dst_node_id, {}, RecordDict(), {})
+        push_message(self, reply, context)
+        confirmed = ConfirmMessageReceivedRequest(node=Node(node_id=metadata.dst_node_id), run_id=metadata.run_id)
+        confirmed.message_object_id = metadata.message_id
+        self.ConfirmMessageReceived(confirmed)
 
     @contextmanager
     def beating(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -9,8 +10,10 @@ import socket as sockets
 import stat
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,8 @@ from fedtune.logs import about
 from fedtune.security.signing import STAMP
 
 log = logging.getLogger(__name__)
+FOLDER, INNER = "fedtune-", "grpc.sock"  # in the folder for temporary files, and in that
+YOUNG = 10.0  # seconds in which a socket may not listen yet
 
 
 class Service(trainer_pb2_grpc.TrainerServicer):
@@ -83,14 +88,15 @@ def serve(
     socket = checked(socket)
     _refuse_a_second_trainer(socket)
     listener = _listen(socket, group)
-    folder = Path(tempfile.mkdtemp(prefix="fedtune-"))  # for its owner alone
+    sweep()
+    folder = Path(tempfile.mkdtemp(prefix=FOLDER))  # for its owner alone
     server = grpc.server(ThreadPoolExecutor(max_workers=1, thread_name_prefix="trainer"), options=OPTIONS)
     trainer_pb2_grpc.add_TrainerServicer_to_server(Service(answer), server)
     health = health or trainer_health()
     health.add_to(server)
-    server.add_insecure_port(f"unix:{checked(folder / 'grpc.sock')}")
+    server.add_insecure_port(f"unix:{checked(folder / INNER)}")
     server.start()
-    front = Front(listener, folder / "grpc.sock", {os.geteuid()} if peers is None else peers)
+    front = Front(listener, folder / INNER, {os.geteuid()} if peers is None else peers)
     return Serving(server, front, socket, folder, health)
 
 
@@ -99,6 +105,16 @@ def _named(header: Mapping[str, Any]) -> dict[str, Any]:
     stamp = header.get(STAMP)
     run = stamp.get("run") if isinstance(stamp, Mapping) else header.get("run")
     return {"run": plain(run), "round": plain(header.get("round"))}
+
+
+def sweep() -> None:
+    """Removes what trainers of this user that were killed have left: folders with a socket on which nobody listens."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
+        inner = folder / INNER
+        with suppress(OSError), sockets.socket(sockets.AF_UNIX) as probe:
+            mine = folder.lstat().st_uid == os.geteuid() and time.time() - inner.lstat().st_mtime > YOUNG
+            if mine and probe.connect_ex(str(inner)) == errno.ECONNREFUSED:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _refuse_a_second_trainer(socket: Path) -> None:

@@ -1,6 +1,6 @@
 """Flower's own SuperNode with shorter waits, and with a word to its supervisor of what the server answers.
 
-    python -m client.supernode [--link FILE] <options of flower-supernode>
+    python -m client.supernode [--link FILE] [--mark FILE] <options of flower-supernode>
 
 Stock, it looks for a message every 3 s and for the reply every 0.5 s. Here it looks again soon after a message, and more
 seldom the longer none comes, up to the stock 3 s.
@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from client.fleet import lose_no_ask
+from client.replies import send_whole_replies
 from client.told import Link
 from client.waits import Waits
 
@@ -108,12 +109,15 @@ def watch(file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m client.supernode", add_help=False, allow_abbrev=False)
     parser.add_argument("--link", type=Path)
+    parser.add_argument("--mark", type=Path)
     given, flower_s = parser.parse_known_args()
     sys.argv = ["flower-supernode", *flower_s]
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
-    shorten_waits(importlib.import_module(LOOP))
-    lose_no_ask()
+    loop = importlib.import_module(LOOP)
+    shorten_waits(loop)
+    send_whole_replies(loop)
+    lose_no_ask(given.mark)
     if given.link:
         watch(given.link)
     flower_supernode()

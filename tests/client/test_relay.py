@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import socket as sockets
 import stat
 import subprocess
 import sys
@@ -20,8 +23,8 @@ from hypothesis import strategies as st
 from client import transport
 from client.app import SOCKET, app
 from client.resident import Resident
-from client.service import serve
-from client.transport import carry, failure, from_proto, to_proto
+from client.service import INNER, serve
+from client.transport import POLL, REPEATS, SAY, await_listener, carry, failure, from_proto, to_proto
 from fedtune.envelope import Envelope, WireTensor
 from fedtune.errors import ClientFailed, JobError, MalformedMessage, UserError
 from fedtune.messages import from_record, to_record
@@ -142,6 +145,26 @@ def test_a_socket_that_a_killed_trainer_left_is_replaced(socket: Path) -> None:
         assert carry(ASK, socket) == ASK
 
 
+def test_folders_that_killed_trainers_left_go_when_the_next_starts_and_others_stay(
+    socket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(socket.parent))
+    folders = {name: socket.parent / f"fedtune-{name}" for name in ("killed", "listens", "young", "empty")}
+    for folder in folders.values():
+        folder.mkdir()
+    ends = [sockets.socket(sockets.AF_UNIX) for _ in range(3)]
+    for end, name in zip(ends, folders, strict=False):
+        end.bind(str(folders[name] / INNER))
+    ends[1].listen()
+    for name in ("killed", "listens"):
+        os.utime(folders[name] / INNER, times=(0, 0))
+    for end in (ends[0], ends[2]):
+        end.close()
+    with served(lambda ask: ask, socket):
+        assert {name for name, folder in folders.items() if folder.exists()} == {"listens", "young", "empty"}
+    ends[1].close()
+
+
 def test_a_folder_that_is_not_there_is_a_user_s_mistake(socket: Path) -> None:
     with pytest.raises(UserError, match="cannot listen"):
         serve(lambda ask: ask, socket.parent / "no" / "t.sock")
@@ -184,12 +207,69 @@ def test_a_trainer_that_raises_answers_with_the_reason_and_stays(socket: Path) -
         assert carry(ASK, socket) == ASK
 
 
-def test_a_trainer_that_dies_at_work_is_a_failed_answer(socket: Path) -> None:
-    code = "import os, sys; from client.service import serve; serve(lambda _: os._exit(9), sys.argv[1]).wait_for_termination()"
-    process = subprocess.Popen([sys.executable, "-c", code, socket], cwd=app_root())
-    with pytest.raises(ClientFailed, match="lost while it worked"):
+DIES = """
+import os, sys
+from pathlib import Path
+from client.service import serve
+def answer(ask):
+    died = Path(sys.argv[1]).with_name("died")
+    times = len(died.read_text()) if died.exists() else 0
+    if times < int(sys.argv[2]):
+        died.write_text("x" * (times + 1))
+        os._exit(9)
+    return ask
+serve(answer, sys.argv[1]).wait_for_termination()
+"""
+
+
+@contextmanager
+def kept_alive(socket: Path, deaths: int) -> Iterator[None]:
+    """A trainer that dies over its first asks, started again each time as its supervisor does."""
+    over = threading.Event()
+
+    def keep() -> None:
+        while not over.is_set():
+            command = [sys.executable, "-c", DIES, str(socket), str(deaths)]
+            with subprocess.Popen(command, cwd=app_root(), stderr=subprocess.DEVNULL) as process:
+                while process.poll() is None and not over.wait(0.01):
+                    pass
+                process.kill()
+
+    keeper = threading.Thread(target=keep)
+    keeper.start()
+    try:
+        yield
+    finally:
+        over.set()
+        keeper.join()
+
+
+def test_an_ask_over_which_a_trainer_died_is_brought_again_when_one_listens(
+    socket: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with kept_alive(socket, deaths=REPEATS), caplog.at_level(logging.WARNING, "fedtune.relay"):
+        assert carry(ASK, socket, patience=60) == ASK
+    assert caplog.text.count("lost while it worked") == REPEATS
+
+
+def test_an_ask_over_which_trainers_die_is_given_up(socket: Path) -> None:
+    with kept_alive(socket, deaths=99), pytest.raises(ClientFailed, match="lost while it worked"):
         carry(ASK, socket, patience=60)
-    assert process.wait(timeout=10) == 9
+    assert len(socket.with_name("died").read_text()) == 1 + REPEATS
+
+
+def test_while_no_trainer_listens_the_log_says_so_now_and_then_and_at_last_it_is_enough(
+    socket: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    with caplog.at_level(logging.WARNING, "fedtune.relay"), pytest.raises(ClientFailed, match="no trainer answers"):
+        await_listener(socket, 35.0, sleep, lambda: now[0])
+    assert now[0] == pytest.approx(35.0, abs=2 * POLL)
+    assert len(caplog.records) == 35 // SAY
 
 
 def test_a_failure_made_without_torch_has_the_header_of_one_made_with_it() -> None:

@@ -17,96 +17,19 @@ from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
-from flwr.app import Context, Message, Metadata, RecordDict
+from flwr.app import RecordDict
 from flwr.common.constant import Status, SubStatus
 from flwr.supercore.constant import TaskType
-from flwr.supercore.fab import Fab
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.object_store import ObjectStoreFactory
-from flwr.supercore.run import Run
-from flwr.supernode.main import create_app
-from flwr.supernode.nodestate import NodeStateFactory
 
 from client import transport
 from client.relay import GONE, LONGEST, SHORTEST, Relay, main
 from client.runtime import Runtime
 from client.service import serve
 from client.told import Answers
-from client.unanswered import Unanswered
-from fedtune.envelope import Envelope, WireTensor
+from fedtune.envelope import Envelope
 from fedtune.messages import from_record, to_record
 from fedtune.paths import app_root
-from fedtune.processes import free_port
-
-SECRET = b"known to the SuperNode and to the relay"
-ASK = Envelope({"kind": "train", "run": "demo", "round": 3, "ask": "r3-0"}, (WireTensor("w", "uint8", (2,), "raw", b"\1\2"),))
-NODE, SERIES = 5, 1
-
-
-class SuperNode:
-    """Its loopback API; `put` is what its loop does with a message from the server."""
-
-    def __init__(self, folder: Path) -> None:
-        factory = NodeStateFactory(ObjectStoreFactory())
-        self.state, self.folder, self.address = factory.state(), folder, f"127.0.0.1:{free_port()}"
-        self.state.set_node_id(NODE)
-        app = create_app(factory, SECRET)
-        config = uvicorn.Config(app, port=int(self.address.rpartition(":")[2]), log_level="warning", ws="none")
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run)
-
-    def __enter__(self) -> SuperNode:
-        self._thread.start()
-        while not self._server.started:
-            threading.Event().wait(0.01)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        self._server.should_exit = True
-        self._thread.join()
-
-    def put(self, content: RecordDict, run_id: int = 1, fab: bytes = b"", task: str = TaskType.CLIENT_APP) -> int:
-        run = Run.create_empty(run_id)
-        run.fab_id, run.fab_version, run.fab_hash, run.series_id = "flwrlabs/evil", "1.0.0", sha256(fab).hexdigest(), SERIES
-        self.state.store_run(run)
-        self.state.store_fab(Fab(run.fab_hash, fab, {}))
-        self.state.set_run_series_context(SERIES, Context(run_id, NODE, {}, RecordDict(), {}, series_id=SERIES))
-        message = Message(metadata=Metadata(run_id, "", 0, NODE, "", "", 0.0, 60.0, "query"), content=content)
-        message.metadata.__dict__["_message_id"] = message.object_id
-        self.tree = get_object_tree(message)
-        store = self.state.object_store
-        store.preregister(run_id, self.tree)
-        with no_object_id_recompute():
-            for id, part in get_all_nested_objects(message).items():
-                store.put(id, part.deflate())
-        self.state.store_message(message)
-        found = self.state.create_task(task_type=task, run_id=run_id, fab_hash=run.fab_hash)
-        assert found is not None
-        return found
-
-    def reply(self) -> Message:
-        """The one that lies there, with its content as it would be sent to the server."""
-        [message] = self.state.get_messages_legacy(is_reply=True)
-        if message.has_error():
-            return message
-        store = self.state.object_store
-        ids = [tree.object_id for tree in _all(store.get_object_tree(message.metadata.message_id))]
-        return inflate_object_from_contents(message.metadata.message_id, {id: store.get(id) for id in ids})
-
-    def status_of(self, task: int) -> tuple[str, str]:
-        [found] = self.state.get_tasks(task_ids=[task])
-        return found.status.status, found.status.sub_status
-
-
-def _all(tree: object) -> Iterator[object]:
-    yield tree
-    for child in tree.children:  # type: ignore[attr-defined]
-        yield from _all(child)
+from tests.client.supernode import ASK, SECRET, SuperNode, parts
 
 
 @pytest.fixture
@@ -222,7 +145,7 @@ def test_a_message_that_is_not_ours_is_answered_with_the_reason(node: SuperNode,
 def test_contents_that_cannot_be_read_become_an_error_at_once_and_the_next_is_answered(node: SuperNode, relay: Relay) -> None:
     """Left alone, the SuperNode would wait a minute for it; told only that the task failed, as Flower does, for ever."""
     task = node.put(to_record(ASK))
-    for tree in _all(node.tree):
+    for tree in parts(node.tree):
         node.state.object_store.store[tree.object_id].content = b"garbage"
     relay.step()
     reply = node.reply()
@@ -235,75 +158,11 @@ def test_contents_that_cannot_be_read_become_an_error_at_once_and_the_next_is_an
     assert from_record(node.reply().content).header["ask"] == "r3-1"
 
 
-def test_an_ask_that_a_relay_was_killed_over_is_an_error_as_soon_as_the_next_relay_starts(
-    node: SuperNode, folder: Path
-) -> None:
-    asked, go = threading.Event(), threading.Event()
-    file = folder / "open.json"
-
-    def answer(ask: Envelope) -> Envelope:
-        asked.set()
-        go.wait(30)
-        return Envelope({})
-
-    task = node.put(to_record(ASK))
-    command = [sys.executable, "-m", "client.relay", "--runtime", node.address, "--trainer", str(folder / "t.sock")]
-    (folder / "secret").write_bytes(SECRET)
-    command += ["--secret", str(folder / "secret"), "--unanswered", str(file)]
-    server = serve(answer, folder / "t.sock")
-    killed = subprocess.Popen(command, cwd=app_root(), stderr=subprocess.DEVNULL)
-    try:
-        assert asked.wait(60)
-    finally:
-        killed.kill()
-        killed.wait()
-    assert file.stat().st_mode & 0o777 == 0o600
-    assert node.status_of(task)[0] == Status.RUNNING
-
-    with Runtime(node.address, SECRET) as runtime:
-        Relay(runtime, folder / "t.sock", Answers(None), Unanswered(file)).give_up_what_was_left()
-    reply = node.reply()
-    assert reply.error.reason == "the relay was killed while the ask was answered"
-    assert reply.metadata.reply_to_message_id == node.tree.object_id
-    assert node.status_of(task) == (Status.FINISHED, SubStatus.FAILED)
-    assert not file.exists()
-    go.set()
-    server.stop(grace=None).wait()
-
-
-@pytest.mark.usefixtures("trainer")
-def test_an_ask_that_was_answered_leaves_nothing_open(node: SuperNode, folder: Path) -> None:
-    file, kept = folder / "open.json", []
-
-    class Seen(Unanswered):
-        def forget(self) -> None:
-            kept.append(file.exists())
-            super().forget()
-
-    node.put(to_record(ASK))
-    with Runtime(node.address, SECRET) as runtime:
-        Relay(runtime, folder / "t.sock", Answers(None), Seen(file)).step()
-    assert (kept, file.exists()) == ([True], False)
-
-
-@pytest.mark.parametrize("left", ["", "{}", "[1]", '{"token": "t", "came": "zz"}', '{"token": "t", "came": "0a00"}'])
-def test_a_task_that_nobody_knows_any_more_does_not_keep_a_relay_from_starting(
-    node: SuperNode, folder: Path, left: str
-) -> None:
-    file = folder / "open.json"
-    file.write_text(left)
-    node.put(to_record(ASK))
-    with Runtime(node.address, SECRET) as runtime:
-        relay = Relay(runtime, folder / "t.sock", Answers(None), Unanswered(file))
-        relay.give_up_what_was_left()
-        assert runtime.acquire()
-
-
 @pytest.mark.usefixtures("trainer")
 def test_a_task_that_is_there_before_all_of_its_message_is_answered_as_soon_as_it_is(node: SuperNode, relay: Relay) -> None:
     """Flower looks again after 1, 2, 4, ... s: a message that takes 5 s to come would wait 2 s more."""
     node.put(to_record(ASK))
-    last = node.state.object_store.store[list(_all(node.tree))[-1].object_id]  # type: ignore[attr-defined]
+    last = node.state.object_store.store[list(parts(node.tree))[-1].object_id]  # type: ignore[attr-defined]
     last.is_available, content = False, last.content
     last.content = b""
 
