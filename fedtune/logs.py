@@ -33,11 +33,11 @@ log = logging.getLogger("fedtune")
 
 def configure(process: str, stream: TextIO | None = None, format: str | None = FORMAT, **fields: object) -> None:
     """Once, when the process starts; `fields` are in each of its lines of JSON. As text its lines are of this `format`; None
-    leaves them to whoever set them up."""
+    leaves them, and what is worth a line, to whoever set them up."""
     always(process=process, **fields)
     wanted = os.environ.get(VARIABLE) or TEXT
     if wanted == JSON:
-        _write_json(stream or sys.stderr)
+        _write_json(stream or sys.stderr, logging.WARNING if format is None else logging.INFO)
     elif format is not None:
         logging.basicConfig(level=logging.INFO, format=format, stream=stream)
     if wanted not in (TEXT, JSON):
@@ -95,10 +95,11 @@ def _local(at: str) -> str:
         return at
 
 
-def _write_json(stream: TextIO) -> None:
+def _write_json(stream: TextIO, level: int) -> None:
     ours = logging.StreamHandler(stream)
     ours.setFormatter(JsonLines())
-    logging.basicConfig(level=logging.INFO, handlers=[ours])
+    ours.setLevel(level)
+    logging.basicConfig(level=level, handlers=[ours])
     logging.captureWarnings(True)
     _take_over(ours)
     sys.excepthook = _uncaught

@@ -17,6 +17,7 @@ from flwr.superlink import extensions
 from starlette.middleware import Middleware
 
 from fedtune.errors import KeysError
+from fedtune.logs import configure
 from fedtune.security.keyfiles import read_private
 from server.door import Address, Door, plain_address, word_of
 
@@ -26,6 +27,7 @@ ANY = ("0.0.0.0", "::")
 
 
 def main() -> None:
+    configure("superlink", format=None)
     close_side_doors(os.environ)
     options = sys.argv[1:]
     install_door(word_of(secret_in(options)), own_addresses(option(options, "--host") or "127.0.0.1"))  # as Flower has it

@@ -18,9 +18,9 @@ from fedtune.paths import app_root
 PROCESS = """
 import logging, sys, threading, warnings
 flower = logging.getLogger("flwr")  # as Flower does when it is imported: a handler of its own, and propagation beside
-before = logging.StreamHandler(); flower.addHandler(before)
+before = logging.StreamHandler(); before.setLevel(logging.INFO); flower.addHandler(before); flower.setLevel(logging.DEBUG)
 from fedtune.logs import about, always, configure
-configure("relay", client="")
+import os; configure("relay", **eval(os.environ.get("GIVEN", "{}")), client="")
 always(client="ann")
 log = logging.getLogger("fedtune.relay")
 log.info("first"); log.debug("not said")
@@ -31,7 +31,7 @@ with about(run="r1", round=3):
         1 / 0
     except ZeroDivisionError:
         log.exception("broken\\nin two")
-flower.warning("Flower's")
+flower.warning("Flower's"); flower.debug("below its level")
 late = logging.StreamHandler(sys.stdout); late.setLevel(logging.ERROR)  # as uvicorn does when it begins to serve
 web = logging.getLogger("uvicorn"); web.propagate = False; web.addHandler(late)
 web.info("below its level"); web.error("web")
@@ -41,8 +41,8 @@ raise SystemError("the end \\x1b[31m\\u2028")
 """
 
 
-def written(mode: str) -> str:
-    environment = {**os.environ, "FEDTUNE_LOG": mode}
+def written(mode: str, given: str = "{}") -> str:
+    environment = {**os.environ, "FEDTUNE_LOG": mode, "GIVEN": given}
     done = subprocess.run(
         [sys.executable, "-c", PROCESS], cwd=app_root(), env=environment, capture_output=True, text=True, check=False
     )
@@ -80,6 +80,14 @@ def test_without_it_or_with_another_word_the_log_is_text() -> None:
     assert "{" not in said
     assert "FEDTUNE_LOG=xml was given, wanted text or json" in wrong
     assert " INFO first\n" in wrong
+
+
+def test_a_process_with_a_log_of_its_own_says_what_it_would_have_said() -> None:
+    lines = [json.loads(line)["message"].partition("\n")[0] for line in written("json", "{'format': None}").splitlines()]
+    assert lines[:4] == ["within", "broken", "Flower's", "web"]  # ours below a warning are not for this log
+    said = written("text", "{'format': None}").splitlines()
+    assert {"within", "Flower's"} <= set(said)  # as Python's last resort and Flower's handler write them
+    assert "first" not in said
 
 
 def record(message: str, **more: Any) -> logging.LogRecord:
