@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -50,10 +50,14 @@ class Manifest:
     def find(self, run: str, key: str) -> Entry | None:
         return next((entry for entry in self.entries if self.run == run and entry.key == key), None)
 
-    def until(self, ask: str, round: int) -> tuple[Entry, ...]:
-        """The entries that are older than this ask. One under its name is another content's, and one of a later round is of a
-        time that the coordinator has gone back from: they and all that came after them go."""
-        gone = (number for number, entry in enumerate(self.entries) if entry.ask == ask or entry.round > round)
+    def until(self, ask: str, round: int, undone: Collection[int] = ()) -> tuple[Entry, ...]:
+        """The entries that are older than this ask. One under its name is another content's; one of a later round is of a time
+        that the coordinator has gone back from; one of an `undone` round was rolled back. They and all that came after go."""
+        gone = (
+            number
+            for number, entry in enumerate(self.entries)
+            if entry.ask == ask or entry.round > round or entry.round in undone
+        )
         return self.entries[: next(gone, len(self.entries))]
 
     def bounded(self) -> Manifest:

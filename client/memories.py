@@ -79,7 +79,7 @@ class Memories:
         if known.manifest.run not in ("", run):
             return Work(client, ask, Memory(alike=self._alike), Manifest(run))
         manifest = replace(known.manifest, run=run)
-        older = manifest.until(name, round)
+        older = manifest.until(name, round, ask.header.get("undone", ()))
         if older == manifest.entries:
             return Work(client, ask, known.memory.copy(), manifest)
         log.info("ask %s came before, or later ones did: memory goes back to what it was then", name)
