@@ -74,9 +74,11 @@ class Kept:
         """From what is there to what shall be. Raises OSError, and leaves what was there."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for file in after.files():
-                if file in makers and not (self.folder / file).exists():
-                    self._put(file, makers[file])
+            missing = [file for file in after.files() if file in makers and not (self.folder / file).exists()]
+            for file in missing:
+                self._put(file, makers[file])
+            if missing:
+                durable.sync(self.folder)  # no manifest on disk before what it names
             durable.write(self.folder / MANIFEST, [after.as_bytes()])
         except BaseException:
             self._put_back(before, after)
@@ -93,11 +95,10 @@ class Kept:
 
     def _put(self, file: str, make: Callable[[], Iterable[bytes]]) -> None:
         if self._shared and self._linked(self._shared / file, self.folder / file):
-            return durable.sync(self.folder)
-        durable.write(self.folder / file, make())
+            return
+        durable.write(self.folder / file, make(), name=False)
         if self._shared:
             self._linked(self.folder / file, self._shared / file)
-        return None
 
     def _linked(self, source: Path, target: Path) -> bool:
         """Not so where nobody has it, or on a file system without links."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from client.allowance import Allowance, within
 from client.kept import HOME, MANIFEST
 from client.trainer import Trainer
 from fedtune.base import base_hash, blueprint
@@ -127,6 +129,7 @@ class Raises(FedAvg):
         if ask.kind == "count":
             memory["count"] = memory.get("count", torch.zeros(1)) + 1
             return Answer(metrics={"count": memory["count"].item()})
+        memory["half"] = torch.ones(1)
         raise getattr(__import__("builtins"), self.error)("the half is broken")
 
 
@@ -153,6 +156,18 @@ def test_each_client_has_its_own_memory_as_long_as_the_run_lasts(trainer: Traine
     raising(trainer, "ValueError")
     for client, count in (("ann", 1), ("ann", 2), ("bob", 1), ("ann", 3)):
         assert unpack_answer(trainer.answer(ask(trainer, "count"), client)).metrics == {"count": count}
+
+
+@pytest.mark.parametrize("has_directory", [False, True])
+def test_an_ask_that_fails_leaves_no_trace(has_directory: bool, make_job: MakeJob, tmp_path: Path) -> None:
+    """Neither in the middle of its work nor at its end, when the policy's time is over."""
+    trainer = raising(Trainer.for_simulation(make_job(), tmp_path if has_directory else None), "ValueError")
+    trainer.answer(ask(trainer, "count"), "ann")
+    trainer.answer(ask(trainer, ask="1.1"), "ann")
+    with within(Allowance(max_seconds=5, clock=itertools.count(step=10).__next__)):
+        assert "policy.max_seconds" in reason(trainer.answer(ask(trainer, "count", ask="1.2"), "ann"))
+    assert {name: tensor.item() for name, tensor in trainer.memory("ann").items()} == {"count": 1}
+    assert unpack_answer(trainer.answer(ask(trainer, "count", ask="1.3"), "ann")).metrics == {"count": 2}
 
 
 def node(job: Job, data: Path, directory: Path | None = None, client: str = "bob", model: str | None = None) -> Trainer:
