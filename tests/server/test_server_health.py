@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import pytest
 from fedtune.daemon import State
 from fedtune.errors import UserError
 from fedtune.health import status
+from fedtune.processes import free_port
 from fedtune.security.addresses import Address
 from server.health import COORDINATOR, CoordinatorHealth, health_of, is_ready, told_at
+from server.outside import told
 
 HERE = Address("127.0.0.1", 0)
 
@@ -53,3 +56,19 @@ def test_an_address_that_is_taken_is_a_user_s_mistake(tmp_path: Path) -> None:
         at = Address("127.0.0.1", taken.getsockname()[1])
         with pytest.raises(UserError, match=f"--health {at}"), told_at(at, health_of(tmp_path, "127.0.0.1:1")):
             pass
+
+
+def test_only_what_was_asked_for_is_told(tmp_path: Path) -> None:
+    ports = [free_port(), free_port()]
+    health, metrics = (f"127.0.0.1:{port}" for port in ports)
+    with told(tmp_path, "127.0.0.1:1") as looked:
+        looked()
+        assert [status(at, patience=1) for at in (health, metrics)] == ["UNREACHABLE"] * 2
+    State("server", phase="waiting").write(tmp_path)
+    with told(tmp_path, "127.0.0.1:1", health, metrics) as looked:
+        looked()
+        assert status(health) == "SERVING"
+        with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=5) as answer:
+            assert b'fedtune_phase{phase="waiting"} 1.0' in answer.read()
+    with pytest.raises(UserError, match="wanted host:port"), told(tmp_path, "127.0.0.1:1", metrics="9100"):
+        pass
