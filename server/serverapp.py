@@ -28,7 +28,8 @@ from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_htt
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedtune.errors import FedtuneError, RoundFailed
+from fedtune.errors import FedtuneError, RoundFailed, UserError
+from fedtune.logs import configure
 from fedtune.security.coordinator_keys import CoordinatorKeys
 from server.flower_control import Control, NoSuperLink
 from server.own_grid import OwnGrid
@@ -38,6 +39,7 @@ log = logging.getLogger("fedtune.serverapp")
 POLL = 0.5  # seconds between looks for the task
 PATIENCE = 300.0  # seconds for the task to be had: for runs of others that were submitted before ours
 NOT_OURS = "this executor plays one run of its own and executes no other; start one for yours"
+FAILED, TO_MEND, CRASHED = 1, 2, 70  # exit codes: a verdict on the run, something that the user must mend, all else
 KEPT = "the ServerApp failed; the reason is in the coordinator's log"  # all that the SuperLink is told
 
 
@@ -123,19 +125,25 @@ def beating(grid: OwnGrid) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """1 where the run failed; the last line of the log then says why."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
+    """The last line of the log says why. What ends with CRASHED can be taken up again."""
+    configure("serverapp", sys.stdout)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for each look
     words = _parser().parse_args(arguments)
     try:
         _play_once(words)
     except (KeyboardInterrupt, RunNotRunningException):  # so Flower's client tells that its token is not known any more
-        return _failed("the SuperLink has ended the run's task: the run was stopped there, or heartbeats did not reach it")
+        return _failed(
+            "the SuperLink has ended the run's task: the run was stopped there, or heartbeats did not reach it", CRASHED
+        )
+    except NoSuperLink as error:
+        return _failed(str(error), CRASHED)
+    except UserError as error:
+        return _failed(str(error), TO_MEND)
     except FedtuneError as error:
-        return _failed(str(error))
+        return _failed(str(error), FAILED)
     except Exception as error:
         log.exception("the ServerApp ended")
-        return _failed(f"{type(error).__name__}: {error}")
+        return _failed(f"{type(error).__name__}: {error}", CRASHED)
     return 0
 
 
@@ -157,9 +165,9 @@ def welcome_by(keys: str) -> Set[bytes] | None:
     return {record.node_pem() for record in records if not record.revoked}
 
 
-def _failed(why: str) -> int:
+def _failed(why: str, code: int) -> int:
     log.error("%s", " ".join(why.split()))
-    return 1
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
