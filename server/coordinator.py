@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,16 @@ from fedtune.job import Job
 from fedtune.recipe import Recipe
 from fedtune.seeds import seed_of
 from fedtune.strategy import ClientInfo, ServerState
+from server.conduct import require_enough, told
+from server.gatekeeper import GateMemory
+from server.journal import read
 from server.opening import Opened, Stand, opened
-from server.past import asks_in
+from server.past import asks_in, is_over
 from server.post import OPEN, Post
 from server.records import RoundRecord, Watcher
-from server.rollback import MOST_IN_A_ROW, in_a_row, trouble
+from server.rollback import MOST_IN_A_ROW, Trouble, computed, in_a_row, trouble
 from server.round import Federation, Round
-from server.run_folder import writing
+from server.run_folder import JOURNAL, RunFolder, holds_run, writing
 
 REPAIRS = 3  # times that a round is begun again, in one process, as a file of its was damaged
 
@@ -84,6 +87,15 @@ def run_job(
         return RunResult(folder, stand.state, stand.records)
 
 
+def finished(job: Job, folder: Path) -> RunResult | None:
+    """A run of which all rounds are played; None of one that is not there, or goes on."""
+    if not (holds_run(folder) and is_over(read(folder / JOURNAL)[0])):
+        return None
+    made = RunFolder(folder)
+    last = made.checkpoints.last()
+    return RunResult(folder, last.state, tuple(made.records())) if last and last.round >= job.rounds.count else None
+
+
 def _finish(run: Opened, stand: Stand, write_model: bool) -> None:
     federation = run.federation
     if write_model and isinstance(federation.strategy.published(stand.state), Recipe) and not run.over:
@@ -109,40 +121,57 @@ def _played(run: Opened, stand: Stand) -> Stand:
 def play(run: Opened, stand: Stand) -> Stand:
     """One round: train with a cohort, publish, evaluate where it is due; then the checkpoint, and only then it counts."""
     federation, number = run.federation, stand.next
-    job, cohort = federation.job, draw_cohort(federation.job, federation.clients, stand.next)
+    job, out = federation.job, stand.gate.conduct.out(number, federation.job.gate)
+    cohort = draw_cohort(job, federation.clients, number, out)
+    require_enough(job, federation.clients, out, number)
     due = is_due(job, number)
     federation.wire.known = stand.known
-    taking_part = federation.clients if due else [client.id for client in cohort]
-    round = Round(federation, run.folder, number, taking_part, stand.past, stand.undone)
+    taking_part = [id for id in federation.clients if id not in out] if due else [client.id for client in cohort]
+    round = Round(federation, run.folder, number, taking_part, stand.past, stand.undone, stand.gate)
     run.write("round", number=number, cohort=[client.id for client in cohort] if number else [])
-    state = _trained(run, stand, round, cohort) if number else stand.state
-    why = trouble(state)
-    if due and not why:
-        state = round.evaluate(state)
-        why = trouble(state, round, stand.records, job.rounds.max_rise)
+    try:
+        state = _trained(run, stand, round, cohort) if number else stand.state
+        why = trouble(state)
+        if due and not why:
+            state = round.evaluate(state)
+            why = trouble(state, round, stand.records, job.rounds.max_rise)
+    except Trouble as reason:
+        why = str(reason)
+    gate, notes = _judged(run, stand, round, out)
     if why:
-        return _rolled_back(run, stand, round, why)
-    record = round.report(state.metrics if number else {}, state.selected if number else {}, run.notes(number))
-    return _settled(run, round, stand.after(record, state, federation.wire.known))
+        return _rolled_back(run, stand, round, why, gate, notes)
+    record = round.report(state.metrics if number else {}, state.selected if number else {}, notes)
+    return _settled(run, round, stand.after(record, state, federation.wire.known, gate))
+
+
+def _judged(run: Opened, stand: Stand, round: Round, out: Mapping[str, int]) -> tuple[GateMemory, list[str]]:
+    """What the gate remembers from now on, and what is to be told of the round."""
+    gate = round.gate.after(round.number)
+    sent_out = gate.conduct.sent_out(stand.gate.conduct)
+    for client, last in sent_out.items():
+        run.write("sits_out", client=client, after=round.number, until=last)
+    return gate, [*run.notes(round.number), *told({**out, **sent_out})]
 
 
 def _trained(run: Opened, stand: Stand, round: Round, cohort: list[ClientInfo]) -> ServerState:
     federation = run.federation
     state = round.train(stand.state, cohort)
     if not trouble(state):
-        published = federation.strategy.published(state)
+        published = computed(lambda: federation.strategy.published(state))
         run.folder.publish(round.number, published, federation.job, federation.plan, provenance(federation, round))
         run.write("published", round=round.number)
     return state
 
 
-def _rolled_back(run: Opened, stand: Stand, round: Round, why: str) -> Stand:
-    """As if the round had not been, save for its record: clients are told with the next ask to forget it too."""
+def _rolled_back(run: Opened, stand: Stand, round: Round, why: str, gate: GateMemory, notes: list[str]) -> Stand:
+    """As if the round had not been, save for its record, and who was refused: clients are told with the next ask to forget it
+    too."""
     number, federation = round.number, run.federation
     run.write("rolled_back", round=number, reason=why)
     run.folder.roll_back(number)
-    record = round.report({}, {}, [*run.notes(number), f"rolled back: {why}"])
-    after = _settled(run, round, stand.after(record, stand.state, stand.known, undone=number))
+    record = round.report({}, {}, [*notes, f"rolled back: {why}"])
+    gate = replace(gate, norms=stand.gate.norms)
+    after = _settled(run, round, stand.after(record, stand.state, stand.known, gate, undone=number))
     if in_a_row(after.undone, number) >= MOST_IN_A_ROW:
         raise RoundFailed(
             f"{MOST_IN_A_ROW} rounds in a row were rolled back, the last as {why}; `adapter` leads to the last sound one. "
@@ -169,10 +198,12 @@ def is_due(job: Job, number: int) -> bool:
     return job.rounds.evaluate_every > 0 and number % job.rounds.evaluate_every == 0
 
 
-def draw_cohort(job: Job, clients: Mapping[str, ClientInfo], number: int) -> list[ClientInfo]:
-    """The clients of a round, by id: drawn without replacement, in an order that depends on (seed, round) alone."""
+def draw_cohort(job: Job, clients: Mapping[str, ClientInfo], number: int, out: Collection[str] = ()) -> list[ClientInfo]:
+    """The clients of a round, by id: drawn without replacement, in an order that depends on (seed, round) alone, from those who
+    do not sit out."""
     seed, wanted = job.seed, job.rounds.clients or len(clients)
-    drawn = sorted(clients.values(), key=lambda client: seed_of(seed, number, "cohort", client.id))[:wanted]
+    able = [client for id, client in clients.items() if id not in out]
+    drawn = sorted(able, key=lambda client: seed_of(seed, number, "cohort", client.id))[:wanted]
     return sorted(drawn, key=lambda client: client.id)
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,14 +71,12 @@ def one_line_errors() -> Iterator[None]:
 
 
 @contextmanager
-def said_when_stopped(
-    kept: str = "finished rounds are in the run folder, `adapter`, `recipe` or `weights` leads to the last",
-) -> Iterator[None]:
+def said_when_stopped(kept: Callable[[], str]) -> Iterator[None]:
     """Ctrl-C ends in one line; typer alone would end without a word."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        typer.echo(f"fedtune: stopped; {kept}", err=True)
+        typer.echo(f"fedtune: stopped; {kept()}", err=True)
         raise typer.Exit(130) from stop
 
 
@@ -123,8 +122,7 @@ def simulate(
     from server.watchers import Several
 
     free = nullcontext() if resume else _free(folder, overwrite)
-    kept = f"the run is in {folder} and goes on with --resume"
-    with said_when_stopped(kept), free, LiveTable(Console()) as table, TensorBoard(folder) as events:
+    with said_when_stopped(partial(_what_is_left, folder)), free, LiveTable(Console()) as table, TensorBoard(folder) as events:
         _run(checked, folder, engine, Several([table, events]), resume)
     of_the_server.say_where(folder)
 
@@ -152,7 +150,7 @@ def compare(
 
     names = [name.strip() for name in strategies.split(",") if name.strip()]
     planned = plan_cells(job_file(job), names, seeds, set_ or [], out)
-    with said_when_stopped("finished cells are kept; the same command plays the others"):
+    with said_when_stopped(lambda: "finished cells are kept; the same command plays the others"):
         whole = sweep(planned, processes, Console())
     if not whole:
         raise typer.Exit(1)
@@ -171,7 +169,7 @@ def plan(
     from simulations.plan import plan_job
     from simulations.plan_table import Progress, plan_table
 
-    with said_when_stopped("nothing was changed"), Progress() as progress:
+    with said_when_stopped(lambda: "nothing was changed"), Progress() as progress:
         planned = plan_job(checked, progress)
     if json:
         import json as codec
@@ -218,7 +216,7 @@ def export(
     """Write what a run made of the model's own weights: the model, its difference to the base, or an adapter close to it."""
     from simulations.export import Form, export_run
 
-    with said_when_stopped("nothing was exported"):
+    with said_when_stopped(lambda: "nothing was exported"):
         typer.echo(export_run(run, out, Form(as_, rank, dtype, round)))
 
 
@@ -234,6 +232,12 @@ def _run(job: Job, folder: Path, engine: Engine, watcher: Watcher, resume: bool)
     run_with_flower(job, folder, watcher, resume)
     if job.compare:
         in_process.compare_with(in_process.resident_trainer(job, watcher), folder, watcher)
+
+
+def _what_is_left(folder: Path) -> str:
+    from server.run_folder import holds_run
+
+    return f"the run in {folder} goes on with --resume" if holds_run(folder) else "nothing was begun"
 
 
 @contextmanager

@@ -5,18 +5,17 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from client.personal import folder_name
+from client.names import folder_name
 from client.trainer import Trainer
 from fedtune.errors import JobError
 from fedtune.job import Job
-from server.coordinator import RunResult, run_job
+from server.coordinator import RunResult, finished, run_job
 from server.records import Watcher
 from server.report_folder import read_run
 from server.resuming import require_resumable
 from server.run_folder import RunFolder, require_free, writing
 from simulations.compare import compare
 from simulations.grid import InProcessGrid
-
 
 MEMORY = "memory"  # of all clients, in the run's folder while it runs
 
@@ -28,11 +27,13 @@ def simulate(job: Job, folder: Path, watcher: Watcher, resume: bool = False) -> 
     """
     require_resumable(folder, job) if resume else require_free(folder)
     require_comparable(job)
+    if resume and not (folder / MEMORY).exists() and (done := finished(job, folder)):
+        return done
     trainer = resident_trainer(job, watcher, folder / MEMORY)
     result = run_simulation(trainer, folder, watcher, resume=resume)
-    shutil.rmtree(folder / MEMORY, ignore_errors=True)
     if job.compare:
         compare_with(trainer, folder, watcher)
+    shutil.rmtree(folder / MEMORY, ignore_errors=True)
     return result
 
 
@@ -56,8 +57,8 @@ def require_comparable(job: Job) -> None:
 
 
 def resident_trainer(job: Job, watcher: Watcher, memory: Path | None = None) -> Trainer:
-    """The trainer with every client's data read, so that a bad file is known before any time is spent. What the clients remember
-    is kept in `memory`; without it, it goes with this process."""
+    """The trainer with every client's data read, so that a bad file is known before any time is spent. What the clients
+    remember is kept in `memory`; without it, it goes with this process."""
     trainer = Trainer.for_simulation(job, memory)
     for number, client in enumerate(trainer.clients):
         watcher.doing("reading data", number, len(trainer.clients))

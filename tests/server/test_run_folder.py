@@ -112,7 +112,7 @@ def test_the_job_is_written_so_that_it_can_be_run_again(tmp_path: Path, job: Job
 
 def test_a_run_is_never_written_over(tmp_path: Path, job: Job) -> None:
     RunFolder.create(tmp_path / "run", job)
-    with pytest.raises(RunFolderError, match=r"already holds a run; name another folder: --out .*run-2"):
+    with pytest.raises(RunFolderError, match=r"already holds a run; go on with it: --resume, or .* folder: --out .*run-2"):
         RunFolder.create(tmp_path / "run", job)
 
 

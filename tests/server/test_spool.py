@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fedtune.envelope import Envelope
+from fedtune.errors import Damaged
 from fedtune.payload import Payload, Role
 from fedtune.strategy import Answer, Fold
 from fedtune.wire import pack_answer, unpack_answer
@@ -44,18 +45,16 @@ def everything() -> Payload:
 
 def test_an_answer_comes_back_bit_for_bit(tmp_path: Path) -> None:
     spool, sent = Spool(tmp_path / "spool"), envelope(everything())
-    spool.put("ann", sent)
-    got = spool.get("ann")
+    got = spool.get("ann", spool.put("ann", sent))
     assert got == sent
     assert unpack_answer(got).payload.tensors["torch.bfloat16"].dtype is torch.bfloat16
 
 
 def test_any_name_of_a_client_is_a_file_in_the_spool_and_in_no_other_place(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "run" / "spool")
+    digests = {name: spool.put(name, envelope(vector(float(number)))) for number, name in enumerate(NAMES)}
     for number, name in enumerate(NAMES):
-        spool.put(name, envelope(vector(float(number))))
-    for number, name in enumerate(NAMES):
-        assert unpack_answer(spool.get(name)).payload.scalars["s"] == number
+        assert unpack_answer(spool.get(name, digests[name])).payload.scalars["s"] == number
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.parent for path in files} == {tmp_path / "run" / "spool"}
     assert len(files) == len(NAMES)
@@ -63,14 +62,29 @@ def test_any_name_of_a_client_is_a_file_in_the_spool_and_in_no_other_place(tmp_p
 
 def test_a_later_answer_replaces_the_earlier(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
-    for value in (1.0, 2.0):
-        spool.put("ann", envelope(vector(value)))
-    assert unpack_answer(spool.get("ann")).payload.scalars["s"] == 2
+    digests = [spool.put("ann", envelope(vector(value))) for value in (1.0, 2.0)]
+    assert unpack_answer(spool.get("ann", digests[1])).payload.scalars["s"] == 2
+    with pytest.raises(Damaged, match="not what was written"):
+        spool.get("ann", digests[0])
+
+
+@pytest.mark.parametrize("how", ["a bit", "cut", "gone"])
+def test_an_answer_that_is_not_as_it_was_written_is_never_read(how: str, tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    digest = spool.put("ann", envelope(vector(1.0)))
+    (path,) = tmp_path.iterdir()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data if how == "a bit" else data[:-1])
+    if how == "gone":
+        path.unlink()
+    with pytest.raises(Damaged, match="the answer of 'ann'"):
+        spool.get("ann", digest)
 
 
 def test_an_answer_that_was_not_written_whole_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spool = Spool(tmp_path)
-    spool.put("ann", envelope(vector(1.0)))
+    digest = spool.put("ann", envelope(vector(1.0)))
 
     def fails(*_: object) -> None:
         raise OSError("the disk is gone")
@@ -78,7 +92,7 @@ def test_an_answer_that_was_not_written_whole_does_not_count(tmp_path: Path, mon
     monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(OSError, match="gone"):
         spool.put("ann", envelope(vector(2.0)))
-    assert unpack_answer(spool.get("ann")).payload.scalars["s"] == 1
+    assert unpack_answer(spool.get("ann", digest)).payload.scalars["s"] == 1
 
 
 def test_a_cleared_spool_is_gone(tmp_path: Path) -> None:
@@ -101,9 +115,8 @@ def test_the_mean_has_the_same_bits_in_whatever_order_answers_came(tmp_path: Pat
     means = []
     for number, order in enumerate(itertools.permutations(values)):
         spool = Spool(tmp_path / str(number))
-        for client in order:
-            spool.put(client, envelope(vector(values[client])))
-        answers = SpooledAnswers(spool, {client: weights[client] for client in order}, Fold.SUM, plain)
+        digests = {client: spool.put(client, envelope(vector(values[client]))) for client in order}
+        answers = SpooledAnswers(spool, digests, {client: weights[client] for client in order}, Fold.SUM, plain)
         assert list(answers.weights.items()) == [("ann", 3 / 7), ("bob", 3 / 7), ("cy", 1 / 7)]
         means.append(answers.mean().tensors["v"])
     assert all(torch.equal(mean, means[0]) for mean in means)
@@ -112,13 +125,13 @@ def test_the_mean_has_the_same_bits_in_whatever_order_answers_came(tmp_path: Pat
 
 def test_a_mean_by_hand(tmp_path: Path) -> None:
     """(1 * 2 + 3 * 6) / 4 = 5; of the roles only those that were asked for."""
-    spool = Spool(tmp_path)
+    spool, digests = Spool(tmp_path), {}
     for client, value in (("ann", 2.0), ("bob", 6.0)):
         payload = Payload(
             {"v": torch.tensor([value], dtype=torch.bfloat16), "d": torch.ones(1)}, {"v": Role.A, "d": Role.DENSE}, {"s": value}
         )
-        spool.put(client, envelope(payload))
-    answers = SpooledAnswers(spool, {"ann": 1.0, "bob": 3.0}, Fold.SUM, plain)
+        digests[client] = spool.put(client, envelope(payload))
+    answers = SpooledAnswers(spool, digests, {"ann": 1.0, "bob": 3.0}, Fold.SUM, plain)
     mean = answers.mean([Role.A])
     assert mean.tensors == {"v": torch.tensor([5.0])}
     assert mean.tensors["v"].dtype is torch.float32
@@ -128,18 +141,17 @@ def test_a_mean_by_hand(tmp_path: Path) -> None:
 
 def test_a_sum_does_not_show_single_answers(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
-    spool.put("ann", envelope(vector(1.0)))
+    digests = {"ann": spool.put("ann", envelope(vector(1.0)))}
     with pytest.raises(TypeError, match=r"use mean\(\), or yield Ask\(..., fold=Fold.EACH\)"):
-        iter(SpooledAnswers(spool, {"ann": 1.0}, Fold.SUM, plain))
+        iter(SpooledAnswers(spool, digests, {"ann": 1.0}, Fold.SUM, plain))
 
 
 def test_each_shows_them_in_the_order_of_clients(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
-    for client, value in (("bob", 6.0), ("ann", 2.0)):
-        spool.put(client, envelope(vector(value)))
+    digests = {client: spool.put(client, envelope(vector(value))) for client, value in (("bob", 6.0), ("ann", 2.0))}
     seen = [
         (client, share, answer.payload.scalars["s"])
-        for client, share, answer in SpooledAnswers(spool, {"bob": 3.0, "ann": 1.0}, Fold.EACH, plain)
+        for client, share, answer in SpooledAnswers(spool, digests, {"bob": 3.0, "ann": 1.0}, Fold.EACH, plain)
     ]
     assert seen == [("ann", 0.25, 2.0), ("bob", 0.75, 6.0)]
 

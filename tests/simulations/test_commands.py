@@ -22,9 +22,10 @@ from fedtune import __version__
 from fedtune.errors import RoundFailed
 from fedtune.paths import app_root
 from fedtune.peft_folder import read_adapter
-from simulations.up import REMOVE
+from simulations.guard import REMOVE
 from strategies.fedavg import FedAvg
 
+FOR_RESUMING = {"journal.jsonl", "lock", "state"}
 SMALL = ("--set", "rounds.count=1", "--set", "train.steps=1")
 
 
@@ -97,7 +98,7 @@ def test_a_simulation_leaves_a_run_that_can_be_reported_again(
     exec(said.partition("loaded with:")[2], loaded)  # the three lines
     assert type(loaded["model"]).__name__ == "PeftModelForCausalLM"
     files = {"adapter", "comparison.json", "events", "job.toml", "metrics.jsonl", "report.html", "rounds"}
-    assert {path.name for path in run.iterdir()} == files
+    assert {path.name for path in run.iterdir()} == files | FOR_RESUMING
     written = tomllib.loads((run / "job.toml").read_text(encoding="utf-8"))
     assert (written["rounds"]["count"], written["train"]["steps"], written["compare"]) == (1, 1, True)
     before = (run / "report.html").read_text(encoding="utf-8")
@@ -115,7 +116,7 @@ def test_a_whole_model_is_trained_loaded_and_reported(fedtune: Callable[..., str
     exec(said.partition("loaded with:")[2], loaded)  # the three lines
     assert type(loaded["model"]).__name__ == "LlamaForCausalLM"
     files = {"recipe", "model", "events", "job.toml", "metrics.jsonl", "report.html", "rounds"}
-    assert {path.name for path in run.iterdir()} == files
+    assert {path.name for path in run.iterdir()} == files | FOR_RESUMING
     assert "Load the model" in (run / "report.html").read_text(encoding="utf-8")
 
 
@@ -212,11 +213,8 @@ def test_ctrl_c_ends_in_one_line_and_keeps_the_rounds(
     monkeypatch.setattr(FedAvg, "answer", answer)
     code, _, err = run_command("simulate", job_file, "--out", tmp_path / "run")
     assert code == 130
-    assert (
-        err == "fedtune: stopped; finished rounds are in the run folder, `adapter`, `recipe` or `weights` leads to the last\n"
-    )
+    assert err == f"fedtune: stopped; the run in {tmp_path / 'run'} goes on with --resume\n"
     assert os.readlink(tmp_path / "run" / "adapter") == "rounds/0001/adapter"
-    assert not (tmp_path / "run" / "spool").exists()
     read_adapter(tmp_path / "run" / "adapter")
 
 
@@ -224,7 +222,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from fedtune.processes import Processes
-from simulations.up import REMOVE, guarded
+from simulations.guard import REMOVE, guarded
 place = Path(sys.argv[1])
 with guarded(place, *sys.argv[2:]), Processes(place / "server") as server, Processes(place / "clients") as clients:
     for processes in (server, clients):
@@ -270,5 +268,4 @@ def test_ctrl_c_in_a_process_of_its_own(job_file: Path, tmp_path: Path) -> None:
     assert it.returncode == 130
     assert re.fullmatch(r"fedtune: stopped; .*\n", err)
     read_adapter(tmp_path / "run" / "adapter")
-    assert not (tmp_path / "run" / "spool").exists()
     assert not list((tmp_path / "run").rglob("*writing*"))

@@ -136,7 +136,9 @@ def test_ctrl_c_in_a_round_leaves_the_one_before(
     with pytest.raises(KeyboardInterrupt):
         run(make_job(), tmp_path / "run")
     folder = tmp_path / "run"
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "job.toml", "metrics.jsonl", "rounds"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("adapter", "job.toml", "journal.jsonl", "lock", "memory", "metrics.jsonl", "rounds", "spool", "state"),
+    ]
     assert [path.name for path in (folder / "rounds").iterdir()] == ["0001"]
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     PeftModel.from_pretrained(base, str(folder / "adapter"))
