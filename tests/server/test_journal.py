@@ -1,0 +1,99 @@
+"""What the journal says happened is on the disk, in order; what a crash or a bad disk did to its end is cut off."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.journal import Entry, Journal, entry_of, line_of, read
+
+WORDS = st.dictionaries(
+    st.text(max_size=5).filter(lambda name: name not in ("what", "at")), st.text() | st.integers(), max_size=3
+)
+
+
+def written(file: Path, count: int) -> list[bytes]:
+    journal = Journal(file, clock=lambda: 7.0)
+    for number in range(count):
+        journal.write("round", number=number)
+    journal.close()
+    return file.read_bytes().splitlines(keepends=True)
+
+
+def numbers(entries: list[Entry]) -> list[Any]:
+    return [entry["number"] for entry in entries]
+
+
+def test_a_line_is_its_crc_and_its_text(tmp_path: Path) -> None:
+    """crc32 of the text, as zlib, gzip and PNG have it."""
+    (line,) = written(tmp_path / "journal", 1)
+    assert line == b'49312e6f {"what":"round","at":7.0,"number":0}\n'
+
+
+@given(st.text(max_size=10), WORDS)
+def test_whatever_is_written_is_read(what: str, about: dict[str, Any]) -> None:
+    line = line_of(Entry(what, about), 1.5)
+    assert line.count(b"\n") == 1
+    assert entry_of(line) == Entry(what, {**about, "at": 1.5})
+
+
+def test_a_journal_that_is_cut_anywhere_holds_the_lines_before(tmp_path: Path) -> None:
+    lines = written(tmp_path / "whole", 3)
+    data = b"".join(lines)
+    ends = [len(lines[0]), len(lines[0] + lines[1]), len(data)]
+    for size in range(len(data) + 1):
+        file = tmp_path / "cut"
+        file.write_bytes(data[:size])
+        whole = sum(end <= size for end in ends)
+        journal = Journal(file)
+        assert numbers(journal.entries) == list(range(whole))
+        assert journal.cut == size - (ends[whole - 1] if whole else 0)
+        journal.write("round", number=9)
+        journal.close()
+        assert numbers(read(file)[0]) == [*range(whole), 9]
+
+
+def test_a_line_of_which_one_bit_is_another_ends_what_holds(tmp_path: Path) -> None:
+    lines = written(tmp_path / "whole", 3)
+    for byte in range(len(lines[1])):
+        damaged = bytearray(lines[1])
+        damaged[byte] ^= 1 << (byte % 8)
+        (tmp_path / "bad").write_bytes(lines[0] + damaged + lines[2])
+        assert numbers(read(tmp_path / "bad")[0]) == [0], damaged
+
+
+@pytest.mark.parametrize("line", [b"", b"\n", b"x\n", b"00000000 \n", b'e3b0c442 {"no": "what"}\n', b"\xff" * 40 + b"\n"])
+def test_what_is_no_line_is_none(line: bytes) -> None:
+    assert entry_of(line) is None
+
+
+def test_a_full_disk_leaves_no_part_of_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "journal"
+    journal = Journal(file)
+    journal.write("round", number=0)
+    before, write = file.read_bytes(), os.write
+
+    def half(descriptor: int, data: bytes) -> int:
+        write(descriptor, data[:5])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", half)
+    with pytest.raises(OSError, match="No space"):
+        journal.write("round", number=1)
+    monkeypatch.undo()
+    assert file.read_bytes() == before
+    journal.write("round", number=2)
+    journal.close()
+    assert numbers(read(file)[0]) == [0, 2]
+
+
+def test_a_disk_that_takes_a_part_at_a_time_gets_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:3]))
+    assert len(written(tmp_path / "journal", 2)) == 2
+    assert numbers(read(tmp_path / "journal")[0]) == [0, 1]
