@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
@@ -23,6 +24,7 @@ MESSAGE_TYPE = "query"
 SHORTEST_WAIT, LONGEST_WAIT = 0.05, 0.5  # seconds between polls; it doubles while nothing comes
 SLACK = 10.0  # seconds that the SuperLink's clock may differ from ours
 AWAY = "its node is not connected"
+TOO_LATE = "late: enough others had answered"
 LOST = (  # the connection, or a process that was killed, is to blame, and not the client
     ErrorCode.NODE_UNAVAILABLE,
     ErrorCode.MESSAGE_UNAVAILABLE,
@@ -41,6 +43,20 @@ class Reply:
     envelope: Envelope | None
     failed: str = ""
     carried: Envelope | None = field(default=None, compare=False)  # as it came over the network
+    to: str = field(default="", compare=False)  # the message that it answers, of an exchange before
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What an exchange has to do with those before it and after it."""
+
+    over: Callable[[], bool] = lambda: False  # enough has come: nobody is waited for any more
+    before: Mapping[str, int] = field(default_factory=dict)  # messages of before that may be answered still -> their nodes
+    left: Callable[[Mapping[str, int]], None] = lambda messages: None  # told of those that nobody has answered at the end
+    lasts: float = 0.0  # seconds after the deadline in which the asks are delivered, and answers to them
+
+
+ALONE = Beside()
 
 
 def exchange(
@@ -50,6 +66,7 @@ def exchange(
     post: Post = OPEN,
     sent: Callable[[int, Envelope], None] = lambda node, ask: None,
     enough: int = 0,
+    beside: Beside = ALONE,
 ) -> Iterator[Reply]:
     """One reply for each node that was asked, in the order in which they come; at the deadline, the missing ones.
 
@@ -58,13 +75,13 @@ def exchange(
     that it has. `sent` is told of every message as it goes out.
     """
     deadline, wait, answers = time.monotonic() + timeout, SHORTEST_WAIT, 0
-    open_asks = _Asks(grid, asks, post, sent, deadline)
-    open_asks.push(asks)
-    while open_asks.waiting or (open_asks.away and answers < enough):
+    open_asks = Asks(grid, post, beside.before, beside.lasts)
+    open_asks.add(asks, timeout, sent)
+    while not beside.over() and (open_asks.waiting or (open_asks.away and answers < enough)):
         messages = open_asks.pull()
-        for message in messages:
+        for message in messages:  # all, also beyond what is enough: they are nowhere else any more
             if reply := open_asks.reply(message):
-                answers += reply.envelope is not None
+                answers += reply.envelope is not None and not reply.to
                 yield reply
         if messages:
             wait = SHORTEST_WAIT
@@ -75,27 +92,46 @@ def exchange(
             wait = min(2 * wait, LONGEST_WAIT)
             open_asks.push(open_asks.overdue())
         open_asks.push(open_asks.back())
-    yield from (Reply(node, None, f"no answer within {timeout:g} s") for node in open_asks.waiting)
+    beside.left(open_asks.messages)
+    late = TOO_LATE if beside.over() else f"no answer within {timeout:g} s"
+    yield from (Reply(node, None, late) for node in open_asks.waiting)
     yield from (Reply(node, None, AWAY) for node in open_asks.away)
 
 
-class _Asks:
-    """Messages under way, and nodes that could not be reached."""
+class Asks:
+    """Messages under way, and nodes that could not be reached. A node has one ask at a time."""
 
-    def __init__(
-        self,
-        grid: Grid,
-        asks: Mapping[int, Envelope],
-        post: Post,
-        sent: Callable[[int, Envelope], None],
-        deadline: float,
-    ) -> None:
-        self._grid, self._asks, self._post, self._sent, self._deadline = grid, asks, post, sent, deadline
+    def __init__(self, grid: Grid, post: Post, before: Mapping[str, int] = MappingProxyType({}), lasts: float = 0.0) -> None:
+        self._grid, self._post, self._before, self._lasts = grid, post, before, lasts
         self.waiting: dict[int, float] = {}  # nodes that are at work -> when they were asked last
         self.away: list[int] = []
+        self._asks: dict[int, Envelope] = {}
+        self._sent: dict[int, Callable[[int, Envelope], None]] = {}
+        self._until: dict[int, float] = {}  # node -> its deadline
         self._nodes: dict[str, int] = {}  # message -> node, until the node has answered one of its messages
-        self._times, self._unknown = Counter[int](), UNKNOWN * (deadline - time.monotonic())
+        self._times, self._unknown = Counter[int](), 0.0
         self._slowest: float | None = None  # seconds that an answer took
+
+    def add(self, asks: Mapping[int, Envelope], timeout: float, sent: Callable[[int, Envelope], None]) -> None:
+        for node in asks:
+            self._sent[node], self._times[node], self._until[node] = sent, 0, time.monotonic() + timeout
+        self._asks, self._unknown = {**self._asks, **asks}, UNKNOWN * timeout
+        self.push(asks)
+
+    @property
+    def messages(self) -> Mapping[str, int]:
+        """To those who are at work -> their nodes."""
+        return {message: node for message, node in self._nodes.items() if node in self.waiting}
+
+    def drop(self, node: int) -> None:
+        """Nobody waits for it any more."""
+        self.waiting.pop(node, None)
+        self.away = [other for other in self.away if other != node]
+        self._nodes = {id: other for id, other in self._nodes.items() if other != node}
+
+    def expired(self) -> list[int]:
+        """Whose deadline is over."""
+        return [node for node in (*self.waiting, *self.away) if time.monotonic() > self._until[node]]
 
     def push(self, nodes: Iterable[int]) -> None:
         nodes = list(nodes)
@@ -107,18 +143,18 @@ class _Asks:
             self._times[node] += 1
             if message:
                 self._nodes[message], self.waiting[node] = node, time.monotonic()
-                self._sent(node, envelopes[node])
+                self._sent[node](node, envelopes[node])
             else:  # the SuperLink does not take it: the node has just been revoked
                 self.waiting.pop(node, None)
                 self.away.append(node)
 
     def _out(self, node: int) -> Envelope:
-        ask = self._asks[node]
-        return self._post.out(node, ask, again=True) if self._times[node] else self._post.out(node, ask)
+        ask, again = self._asks[node], self._times[node] > 0 or node in self._before.values()
+        return self._post.out(node, ask, again=True) if again else self._post.out(node, ask)
 
     def _message(self, node: int, envelope: Envelope) -> Message:
-        """Not delivered any more when the deadline is over: a client that comes back then would work for nothing."""
-        left = max(self._deadline - time.monotonic(), 0.0) + SLACK
+        """Not delivered any more when nobody would take its answer: a client that comes back then would work for nothing."""
+        left = max(self._until[node] - time.monotonic(), 0.0) + SLACK + self._lasts
         return self._grid.create_message(to_record(envelope), MESSAGE_TYPE, node, "", ttl=left)
 
     def back(self) -> list[int]:
@@ -138,14 +174,17 @@ class _Asks:
         connected = set(patiently(self._grid.get_node_ids)) if nodes else set()
         return [node for node in nodes if node in connected]
 
-    def pull(self) -> list[Message]:
-        messages = [message for message, node in self._nodes.items() if node in self.waiting]
+    def pull(self, but: Collection[int] = ()) -> list[Message]:
+        """Those of before come first: a simulation answers in this order. Nothing of the nodes `but`."""
+        messages = [*self._before, *(message for message, node in self.messages.items() if node not in but)]
         return list(patiently(lambda: self._grid.pull_messages(messages))) if messages else []
 
     def reply(self, message: Message) -> Reply | None:
         """None of a message that nobody waits for, of a node that can be asked again, and of one that has answered another."""
         id = message.metadata.reply_to_message_id
         node = self._nodes.get(id)
+        if id in self._before:
+            return self._late(id, self._before[id], message)
         if node is None or node not in self.waiting:
             return None
         if message.has_error() and message.error.code in LOST:
@@ -156,6 +195,11 @@ class _Asks:
             return Reply(node, None, one_line(str(message.error.reason), LONGEST_REASON))
         self._slowest = max(self._slowest or 0.0, time.monotonic() - asked)
         return self._opened(node, message)
+
+    def _late(self, id: str, node: int, message: Message) -> Reply:
+        if message.has_error():
+            return Reply(node, None, one_line(str(message.error.reason), LONGEST_REASON), to=id)
+        return replace(self._opened(node, message), to=id)
 
     def _lost(self, id: str, node: int, message: Message) -> Reply | None:
         """A node that was only away may still answer what it had got; of a message that is lost nothing comes any more."""

@@ -41,6 +41,15 @@ class _Broadcast:
     held: Held | None = None  # what they have from then on
 
 
+@dataclass(frozen=True)
+class Pending:
+    """Of an ask that is not answered yet."""
+
+    came: Ask  # as the client has it
+    since: str = START  # what it builds on
+    held: Held | None = None  # what the client has once it has come
+
+
 class ServerEnd:
     """What each client has, over a whole run. `start` is the adapter that the job starts from, which both sides know.
 
@@ -94,9 +103,18 @@ class ServerEnd:
         about = {**header, "kind": ask.kind, "version": WIRE_VERSION, "since": sent.since}
         return _Broadcast(payload, sent.packed.received, _packed(sent.packed.data, about, wire.down.change), sent.held)
 
-    def arrived(self, client: str, envelope: Envelope | None) -> bool:
+    def leave(self, ask_id: str, client: str) -> Pending:
+        """Of an ask that may be answered after its round: what its answer is read with is kept by who waits for it."""
+        _, came = self._asked[ask_id, client]
+        return Pending(came, *self._coming.pop(client, (START, None)))
+
+    def forget(self, client: str) -> None:
+        """It is sent everything the next time."""
+        self._versions.forget(client)
+
+    def arrived(self, client: str, envelope: Envelope | None, pending: Pending | None = None) -> bool:
         """What a client's reply tells of what it has; whether it wants everything."""
-        since, held = self._coming.pop(client, (START, None))
+        since, held = (pending.since, pending.held) if pending else self._coming.pop(client, (START, None))
         if envelope is None or "failed" in envelope.header:
             self._versions.forget(client)
         elif held is not None:
@@ -111,10 +129,11 @@ class ServerEnd:
         self._coming, self._sent = {}, {}
         self._versions.settle()
 
-    def answer(self, envelope: Envelope, client: ClientInfo, most: int) -> Answer:
-        """Of at most so many numbers. Raises ClientFailed with the client's reason, or MalformedMessage."""
+    def answer(self, envelope: Envelope, client: ClientInfo, most: int, asked: tuple[Ask, Ask] | None = None) -> Answer:
+        """Of at most so many numbers. `asked`: as meant, and as it came, of an ask of a round before. Raises ClientFailed with
+        the client's reason, or MalformedMessage."""
         codec, header = self._wire.up.change, envelope.header
-        meant, came = self._asked.get((str(header.get("ask")), client.id), (NOTHING_ASKED, NOTHING_ASKED))
+        meant, came = asked or self._asked.get((str(header.get("ask")), client.id), (NOTHING_ASKED, NOTHING_ASKED))
         if "failed" in header or not envelope.tensors or codec.plain:
             _require_plain(envelope, codec, most)
             answer = unpack_answer(envelope)
@@ -126,7 +145,11 @@ class ServerEnd:
             answer = answer_with(payload, header)
         if self._wire.down.exact:
             return answer
-        both = self._strategy.began(came, client), self._strategy.began(meant, client)
+        return self.rebased(answer, client, came, meant)
+
+    def rebased(self, answer: Answer, client: ClientInfo, asked: Ask, now: Ask) -> Answer:
+        """What was answered to one ask, as an answer to another: what it changes is the same. In the memory of its tensors."""
+        both = self._strategy.began(asked, client), self._strategy.began(now, client)
         return replace(answer, payload=_moved(answer.payload, *both))
 
 
