@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedtune.adapter import Adapter, Factors
-from fedtune.job import Job, load_job
+# Heavy libraries are imported where they are used: the process that hands the tests out needs none of them.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from fedtune.adapter import Adapter
+    from fedtune.job import Job
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog met on a mat", "user assistant"]
 EXAMPLES = {"ann": 6, "bob": 8, "cy": 11}  # rows of each client
@@ -22,9 +26,29 @@ CHAT_TEMPLATE = (
 )
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported and collected stays to the end. Where the garbage collector looks through it again and again, this takes
+    twice as long, and so do tests that make many objects."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start real processes come first: such a file, begun last, would be waited for by one process alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Tiny matrices gain nothing from more, and sums in another order have other bits."""
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -39,6 +63,7 @@ def _ctrl_c() -> None:
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Ids: <pad> 0, <bos> 1, <eos> 2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -54,6 +79,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
     """The folder of a Llama of 2 layers; its weights are large enough that logits differ."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -109,12 +137,17 @@ wire = "plain"
 @pytest.fixture(scope="session")
 def make_job(job_file: Path) -> Callable[..., Job]:
     """make_job("train.steps=1", ...): the tiny job with some keys set."""
+    from fedtune.job import load_job
+
     return lambda *overrides: load_job(job_file, overrides)
 
 
 @pytest.fixture(scope="session")
 def draw_adapter() -> Callable[..., Adapter]:
     """draw_adapter({path: (d, k)}, rank, scale, seed): an adapter whose B is not zero."""
+    import torch
+
+    from fedtune.adapter import Adapter, Factors
 
     def draw(shapes: Mapping[str, tuple[int, int]], rank: int, scale: float = 1.5, seed: int = 0) -> Adapter:
         numbers = torch.Generator().manual_seed(seed)

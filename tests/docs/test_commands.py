@@ -108,6 +108,8 @@ def test_command(command: str, workspace: Path, tmp_path: Path) -> None:
             assert not planned.impossible
         case ["fedtune", "up" | "keys" | "server" | "client" | "doctor" | "status" | "logs" | "stop", *_]:
             assert command in deploy_page.commands()  # played there, in its order
+        case ["fedtune", "strategies", "--job", job]:  # run by test_strategies_command.py
+            assert job == "demo"
         case ["fedtune", *words]:
             assert fedtune(*words)
         case ["make", *words]:
