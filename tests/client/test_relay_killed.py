@@ -131,6 +131,25 @@ def test_the_next_relay_answers(
 
 
 @pytest.mark.usefixtures("asked")
+@pytest.mark.parametrize(("step", "when"), [("ConfirmMessageReceived", "before"), ("PushTaskOutput", "before")])
+def test_what_was_sent_on_is_not_sent_again_in_place_of_the_next_answer(
+    node: SuperNode, new_relay: Callable[[], Relay], monkeypatch: pytest.MonkeyPatch, step: str, when: str
+) -> None:
+    """The next relay answers again what the SuperNode has sent on already."""
+    node.put(to_record(ASK))
+    killed(monkeypatch, Task, step, when, new_relay())
+    first = sent(node)
+    ids = [first.metadata.message_id, first.metadata.reply_to_message_id]
+    node.state.delete_messages(message_ids=ids)  # as Flower's loop does
+    new_relay().step()
+    node.put(to_record(Envelope({**ASK.header, "ask": "r3-1"}, ASK.tensors)))
+    with pytest.raises(AssertionError, match="nothing to send"):
+        sent(node)
+    new_relay().step()
+    assert from_record(sent(node).content).header["ask"] == "r3-1"
+
+
+@pytest.mark.usefixtures("asked")
 def test_a_message_that_was_given_and_never_kept_is_lost_and_the_server_hears_it_at_once(
     node: SuperNode, new_relay: Callable[[], Relay], monkeypatch: pytest.MonkeyPatch
 ) -> None:
