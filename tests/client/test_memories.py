@@ -161,6 +161,15 @@ def test_what_clients_keep_alike_is_in_memory_and_on_disk_once(tmp_path: Path) -
     assert (len(files), len({path.stat().st_ino for path in files})) == (3, 1)  # ann's, bob's, and the one to link
 
 
+def test_a_memory_that_was_damaged_is_whole_when_it_is_made_again(tmp_path: Path) -> None:
+    """By the same ask: the file has the same name then."""
+    answered(memories(tmp_path), ask("1.0", 7))
+    for file in (tmp_path / HOME / "ann").glob("*.safetensors"):
+        file.write_bytes(b"damaged")
+    assert answered(memories(tmp_path), ask("1.0", 7)) == [7]
+    assert past(memories(tmp_path).of("ann")) == [7]
+
+
 # Sequences of asks, with failures and restarts among them, against a memory that is a list.
 
 
