@@ -9,11 +9,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from server.settings import Settings
+
 Folder = Annotated[Path, typer.Option("--dir", help="Its folder: state, logs, database.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder; begin one where there is none.")]
 Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 EVERYWHERE, PORT = "0.0.0.0", 8000
@@ -44,27 +48,30 @@ def server(
     superlink_secret: Annotated[
         Path | None, typer.Option(help="What its operator gave it as --superexec-auth-secret-file.")
     ] = None,
+    resume: Resume = False,
 ) -> None:
     """Run a job with clients on other machines: wait for them, show the rounds, end with the run."""
     from rich.console import Console
 
     from fedtune.security.keyfiles import for_owner_alone
     from fedtune.signals import stoppable
+    from server.attempts import resumable
     from server.guest import Guest
     from server.settings import checked, checked_guest
     from server.supervisor import Server, serve
 
     if superlink:
         _require_guest(host, port, insecure or insecure_anywhere)
-        given = checked_guest(job, folder, superlink, superlink_ca, superlink_secret, keys, out, set_ or [], wait)
+        given = checked_guest(job, folder, superlink, superlink_ca, superlink_secret, keys, out, set_ or [], wait, resume)
     else:
-        given = checked(job, folder, host, port, keys, out, set_ or [], insecure, insecure_anywhere, wait)
+        given = checked(job, folder, host, port, keys, out, set_ or [], insecure, insecure_anywhere, wait, resume)
+    if said_as_finished(given):
+        return
     try:
         with stoppable(), for_owner_alone():
             serve(given, Console(), Guest if given.foreign else Server)
     except KeyboardInterrupt as stopped:
-        kept = f"finished rounds are in {given.run}, " if given.run.is_dir() else "no round was finished, "
-        typer.echo(f"fedtune: stopped; {kept}logs in {given.folder / 'logs'}", err=True)
+        typer.echo(f"fedtune: stopped; logs in {given.folder / 'logs'}{resumable(given.run)}", err=True)
         raise typer.Exit(getattr(stopped, "exit_code", 130)) from stopped
     say_where(given.run)
 
@@ -76,6 +83,17 @@ def _require_guest(host: str, port: int, insecure: bool) -> None:
         raise UserError("--superlink and --insecure were both given; a SuperLink of somebody else wants TLS and keys")
     if (host, port) != (EVERYWHERE, PORT):
         raise UserError("--superlink starts nothing that listens; leave --host and --port out")
+
+
+def said_as_finished(given: Settings) -> bool:
+    """Says where a run that was to go on lies, if it has all its rounds."""
+    from server.attempts import is_finished
+
+    if not (given.resume and is_finished(given.run, given.job.rounds.count)):
+        return False
+    typer.echo(f"the run in {given.run} has finished already")
+    say_where(given.run)
+    return True
 
 
 def say_where(run: Path) -> None:

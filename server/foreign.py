@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedtune import durable
 from fedtune.errors import KeysError, UserError
 from fedtune.job import Job
 from fedtune.security.addresses import Address, address
@@ -36,10 +37,10 @@ def checked_foreign(superlink: str, ca: Path, secret: Path | None) -> Foreign:
     return Foreign(address(superlink), ca, secret)
 
 
-def write_config(folder: Path, run: int, job: Job, out: Path, keys: Path | None) -> Path:
+def write_config(folder: Path, run: int, job: Job, out: Path, keys: Path | None, resume: bool = False) -> Path:
     """What the ServerApp is told here, where it would otherwise be told by the SuperLink, as all nodes would."""
     config = {"run": run, "job": job.model_dump_json(), "folder": str(out), "keys": str(keys) if keys else ""}
-    (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    durable.write(folder / CONFIG, [json.dumps(config | {"resume": "1" if resume else ""}).encode()])
     return folder / CONFIG
 
 

@@ -10,7 +10,7 @@ import time
 from fedtune.errors import RoundFailed
 from fedtune.security.probe import probe
 from server.foreign import Foreign, earlier_run
-from server.supervisor import START, Server
+from server.supervisor import POLL, START, Server
 
 
 class Guest(Server):
@@ -22,10 +22,16 @@ class Guest(Server):
         )
         if not sealed:
             self._tell("security.end_to_end = false: whoever runs that SuperLink can read every answer")
-        earlier = earlier_run(self._settings.folder)
-        if earlier is not None and earlier in self._control.unfinished():
-            self._control.stop(earlier)
+        for earlier in self._stop_what_is_left():
             self._tell(f"run {earlier}, left by an earlier server, was stopped at Flower")
+
+    def _stop_what_is_left(self) -> list[int]:
+        """Runs of others are let alone."""
+        earlier = earlier_run(self._settings.folder)
+        if earlier is None or earlier not in self._control.unfinished():
+            return []
+        self._control.stop(earlier)
+        return [earlier]
 
     @property
     def _foreign(self) -> Foreign:
@@ -41,7 +47,17 @@ class Guest(Server):
                 raise RoundFailed(f"--superlink {self._foreign.at}: {found.problem or 'it does not answer'}")
             time.sleep(1.0)
 
-    def _tend(self) -> bool:
+    def _again(self) -> bool:
+        """Who runs it starts it again, however long that takes."""
+        while not self._control.answers():
+            why = f"the SuperLink {self._foreign.at} does not answer; the run goes on when it does"
+            self._tell(why)
+            self._said.say(why=why)
+            self._tend()
+            time.sleep(POLL)
+        return True
+
+    def _tend(self) -> None:
         """There is nothing that would be started again."""
+        self._beside()
         self._said.say(processes=self._processes_as_json())
-        return False

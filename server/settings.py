@@ -20,8 +20,10 @@ from fedtune.paths import job_file
 from fedtune.security.addresses import Address, address
 from fedtune.security.certificates import certificate_problem
 from fedtune.security.coordinator_keys import CoordinatorKeys
+from server.following import as_seen_anywhere
 from server.foreign import Foreign, checked_foreign
-from server.run_folder import require_free, writing
+from server.resuming import require_resumable
+from server.run_folder import holds_run, require_free, writing
 
 SECRET = "server.secret"  # between a SuperLink of ours and this server's other processes, new at each start
 HERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # how the machine itself reaches what listens everywhere
@@ -36,6 +38,7 @@ class Settings:
     keys: CoordinatorKeys | None  # None: neither TLS nor identities nor signatures
     patience: float | None = None  # seconds to wait for clients; None is for ever
     foreign: Foreign | None = None  # the SuperLink, where somebody else runs it
+    resume: bool = False  # the run that is in the folder, if there is one, goes on
 
     @property
     def here(self) -> str:
@@ -90,17 +93,18 @@ def checked(
     insecure: bool = False,
     anywhere: bool = False,
     patience: float | None = None,
+    resume: bool = False,
 ) -> Settings:
     """Raises UserError with what is to be mended; then nothing was written and nothing runs."""
     folder = folder.absolute()
-    checked_job, run = checked_run(job, folder, out, overrides)
+    checked_job, run = checked_run(job, folder, out, overrides, resume)
     require_address(host)
     if insecure or anywhere:
         require_loopback(host, anywhere)
     own = None if insecure or anywhere else checked_keys(keys or folder / "keys", HERE.get(host, host))
     require_port(host, port)
     require_folder(folder)
-    return Settings(checked_job, folder, run, Address(host, port), own, patience)
+    return Settings(checked_job, folder, run, Address(host, port), own, patience, None, resume)
 
 
 def checked_guest(
@@ -113,26 +117,38 @@ def checked_guest(
     out: Path | None = None,
     overrides: Sequence[str] = (),
     patience: float | None = None,
+    resume: bool = False,
 ) -> Settings:
     """The same for a SuperLink that somebody else runs at `superlink`. There is no way to go there without keys."""
     folder = folder.absolute()
-    checked_job, run = checked_run(job, folder, out, overrides)
+    checked_job, run = checked_run(job, folder, out, overrides, resume)
     own = CoordinatorKeys.load((keys or folder / "keys").absolute())
     foreign = checked_foreign(superlink, ca or own.tls()[0], secret)
     require_folder(folder)
-    return Settings(checked_job, folder, run, foreign.at, own, patience, foreign)
+    return Settings(checked_job, folder, run, foreign.at, own, patience, foreign, resume)
 
 
-def checked_run(job: str, folder: Path, out: Path | None, overrides: Sequence[str]) -> tuple[Job, Path]:
-    """The job, and the folder of its run, which is free."""
+def checked_run(job: str, folder: Path, out: Path | None, overrides: Sequence[str], resume: bool = False) -> tuple[Job, Path]:
+    """The job, and the folder of its run: free, or with a run that goes on."""
     require_nobody(folder)
     checked_job = load_job(job_file(job), overrides)
     run = (out or folder / "runs" / checked_job.name).absolute()
-    require_free(run)
+    if resume and holds_run(run):
+        checked_job = as_it_began(checked_job, run)
+    else:
+        require_free(run)
     if out is not None:  # otherwise it lies in --dir
         require_writable(run)
     require_model(checked_job.model.path)
     return checked_job, run
+
+
+def as_it_began(job: Job, run: Path) -> Job:
+    """The job for as many clients as the run began with. Raises UserError where it is another than that of the run."""
+    began = load_job(run / "job.toml").clients.count
+    job = as_seen_anywhere(job, began) if began else job
+    require_resumable(run, job)
+    return job
 
 
 def require_writable(run: Path) -> None:

@@ -85,8 +85,16 @@ def by_word(group: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def last_line(metrics: Path) -> dict[str, Any]:
-    """The last whole line; nothing where there is none."""
+    """The last whole record; nothing where there is none."""
     if not metrics.is_file():
         return {}
     lines = metrics.read_bytes().split(b"\n")[:-1]  # what follows the last line break is still being written
-    return dict(json.loads(lines[-1])) if lines else {}
+    return next(filter(None, map(_record, reversed(lines))), {})
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    """Nothing of a line that a crash has left half written."""
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError):
+        return {}

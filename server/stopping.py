@@ -15,6 +15,7 @@ import psutil
 from fedtune.daemon import State
 from fedtune.errors import FedtuneError
 from fedtune.processes import end, started_in
+from server.attempts import resumable
 from server.standing import GONE, Standing
 
 POLL = 0.1  # seconds
@@ -28,11 +29,13 @@ class Stop:
     stopped: bool  # it was alive, and is no longer
     left: int  # processes that one before it had left, ended now
     phase: str  # that it said last; gone: it was killed
+    run: str = ""  # the folder of a server's run that can go on
 
     @property
     def words(self) -> str:
         first = f"the {self.role} (pid {self.pid}) is stopped" if self.stopped else f"no {self.role} runs here ({self.phase})"
-        return first + (f"; processes that it had left, ended now: {self.left}" if self.left else "")
+        first += f"; processes that it had left, ended now: {self.left}" if self.left else ""
+        return first + (resumable(Path(self.run), "its command") if self.run else "")
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,7 +53,8 @@ def stop_in(folder: Path, patience: float = PATIENCE) -> Stop:
     last = Standing.read(folder)
     if last.phase == GONE:
         _say_its_last(folder, last.state)
-    return Stop(state.role, state.pid, alive, len(left), last.phase)
+    run = "" if last.phase == "finished" else str(last.state.run.get("folder", ""))
+    return Stop(state.role, state.pid, alive, len(left), last.phase, run if state.role == "server" else "")
 
 
 def _say_its_last(folder: Path, state: State) -> None:

@@ -1,13 +1,13 @@
 """`fedtune up`: a deployment on one machine, to try it: keys, a server, clients; TLS, node keys, signed asks, sealed answers.
 
 Everything is started as on machines of their own, and ended and removed at the end; what stays is the run's folder.
+With --dir all of it stays, so that a run that was killed can go on.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -17,14 +17,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from server.commands import Resume
+
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fedtune.job import Job
     from fedtune.processes import Processes
+    from fedtune.security.coordinator_keys import CoordinatorKeys
+    from fedtune.tending import Tending
 
 HOST = "127.0.0.1"
 PATIENCE = 180.0  # seconds for the clients to come: each loads torch before it listens
 FAREWELL = 20.0  # seconds for a client to end its own processes
-REMOVE = "--remove"
+TO_MEND = 2  # exit code of a client whose user has to mend something
 
 
 def add_to(app: typer.Typer) -> None:
@@ -37,48 +43,87 @@ def up(
     out: Annotated[Path | None, typer.Option(help="Run folder; absent is runs/up.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value for any key of the job.")] = None,
     folder: Annotated[Path | None, typer.Option("--dir", help="Keep keys, logs and databases here.")] = None,
+    resume: Resume = False,
 ) -> None:
     """Deploy a job on this machine: make keys, start a server and clients over TLS, run, clean up."""
+    from fedtune.errors import UserError
     from fedtune.security.keyfiles import for_owner_alone
     from fedtune.signals import stoppable
+    from server.attempts import resumable
     from server.commands import say_where
 
+    if resume and folder is None:
+        raise UserError("--resume needs the keys and the clients' folders of the run: type the --dir that it was begun with")
     run = (out or Path("runs") / "up").absolute()
     overrides = ["compare=false", f"clients.count={clients}", *(set_ or [])]
     try:
         with stoppable(), for_owner_alone(), _kept(folder) as place:
-            deploy(job, clients, place, run, overrides)
+            deploy(job, clients, place, run, overrides, resume)
     except KeyboardInterrupt as stopped:
-        typer.echo("fedtune: stopped; everything was ended", err=True)
+        typer.echo(f"fedtune: stopped; everything was ended{resumable(run) if folder else ''}", err=True)
         raise typer.Exit(getattr(stopped, "exit_code", 130)) from stopped
     say_where(run)
 
 
-def deploy(job: str, clients: int, place: Path, run: Path, overrides: Sequence[str]) -> None:
+def deploy(job: str, clients: int, place: Path, run: Path, overrides: Sequence[str], resume: bool = False) -> None:
     """Raises RoundFailed with the last words of clients that ended, where the run did not complete."""
     from rich.console import Console
 
     from fedtune.errors import RoundFailed
-    from fedtune.processes import Processes, free_port
-    from fedtune.security.coordinator_keys import CoordinatorKeys
-    from fedtune.security.handover import make_bundle
+    from fedtune.processes import Processes
+    from fedtune.security.addresses import address
+    from fedtune.tending import Tending
+    from server.attempts import is_finished
     from server.settings import checked
     from server.supervisor import serve
 
-    port = free_port()
-    keys = CoordinatorKeys.init(place / "keys", [], f"{HOST}:{port}")
-    chosen = _job(job, overrides)
+    keys, chosen, console = _keys(place / "keys", resume), _job(job, overrides), Console()
     names = _names(chosen, clients)
-    bundles = {name: make_bundle(keys, name) for name in names}
+    bundles = {name: _bundle(keys, name) for name in names}
     named = [*overrides, f"clients.names={list(names)}", *_threads(chosen, clients)]
-    settings = checked(job, place / "server", HOST, port, keys.folder, run, named, patience=PATIENCE)
+    port = address(keys.address).port
+    settings = checked(job, place / "server", HOST, port, keys.folder, run, named, patience=PATIENCE, resume=resume)
+    if resume and is_finished(run, settings.job.rounds.count):
+        typer.echo(f"the run in {run} has finished already")
+        return
     with Processes(place / "clients", patience=FAREWELL) as processes:
+        tending = Tending(processes)
         for number, name in enumerate(names):
-            processes.start(name, _client(chosen, bundles[name], place / str(number)))
+            tending.keep(name, _client(chosen, bundles[name], place / str(number)))
         try:
-            serve(settings, Console())
+            serve(settings, console, beside=lambda: _tend(tending, console))
         except RoundFailed as error:
             raise RoundFailed(f"{error}{_last_words(processes, names)}") from error
+
+
+def _keys(folder: Path, resume: bool) -> CoordinatorKeys:
+    """New ones for a new deployment; the port is part of them."""
+    from fedtune.errors import UserError
+    from fedtune.processes import free_port
+    from fedtune.security.coordinator_keys import CoordinatorKeys
+
+    if folder.is_dir() and resume:
+        return CoordinatorKeys.load(folder)
+    if folder.is_dir():
+        raise UserError(f"{folder.parent} holds a deployment already; go on with it: --resume, or name another --dir")
+    return CoordinatorKeys.init(folder, [], f"{HOST}:{free_port()}")
+
+
+def _bundle(keys: CoordinatorKeys, name: str) -> Path:
+    from fedtune.security.handover import make_bundle
+
+    return keys.bundle(name) if name in keys.registry.clients() else make_bundle(keys, name)
+
+
+def _tend(clients: Tending, console: Console) -> None:
+    """Raises UserError where a client says that the user has to mend something: started again it would say the same."""
+    from fedtune.errors import UserError
+
+    for name in clients.tend():
+        if clients.exit_code(name) == TO_MEND:
+            raise UserError(f"{name}: {clients.last_words(name)}")
+        words = f"client {name} {clients.how_it_ended(name)}; it is started again"
+        console.print(words, markup=False, highlight=False, soft_wrap=True)
 
 
 def _client(job: Job, bundle: Path, folder: Path) -> list[str]:
@@ -123,6 +168,7 @@ def _last_words(processes: Processes, names: Sequence[str]) -> str:
 def _kept(folder: Path | None) -> Iterator[Path]:
     """The folder that was named; or one that is removed, with a path that is short enough for sockets."""
     from fedtune.folders import require_folder
+    from simulations.guard import REMOVE, guarded
 
     if folder is not None:
         require_folder(folder.absolute())
@@ -135,30 +181,3 @@ def _kept(folder: Path | None) -> Iterator[Path]:
             yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
-
-
-@contextmanager
-def guarded(place: Path, *options: str) -> Iterator[None]:
-    """What is started in `place` ends also where we are killed: another process waits for our end, then runs `clean_up`."""
-    from fedtune.paths import app_root
-
-    command = [sys.executable, "-m", "simulations.up", str(place), *options]
-    environment = os.environ | {"PYTHONPATH": str(app_root())}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True):
-        yield  # its input ends with us; otherwise when this block is left
-
-
-def clean_up(place: Path, remove: bool) -> None:
-    """The clients end what they have started; then what is left is ended: a server's processes, those of a killed client."""
-    from fedtune.processes import end, started_in
-
-    end(started_in(place / "clients"), FAREWELL)
-    for folder in place.iterdir() if place.is_dir() else ():
-        end(started_in(folder))
-    if remove:
-        shutil.rmtree(place, ignore_errors=True)
-
-
-if __name__ == "__main__":
-    sys.stdin.read()
-    clean_up(Path(sys.argv[1]), REMOVE in sys.argv[2:])

@@ -29,15 +29,15 @@ from fedtune.security.coordinator_keys import CoordinatorKeys
 from fedtune.security.handover import make_bundle
 from fedtune.security.keyfiles import save_pem, write_private, write_public
 from server.flower_control import Control, NoSuperLink
-from server.following import Progress, submit_bare
+from server.following import submit_bare
 from server.foreign import earlier_run, write_config
 from server.guest import Guest
 from server.own_grid import OwnGrid
+from server.playing import Crashed
 from server.runtime import Runtime, Taken
 from server.serverapp import Given, opened, take
 from server.settings import Settings, checked_guest
 from server.supervisor import serve
-from server.watchers import Quiet
 
 HOST = "127.0.0.1"
 # Flower's own SuperLink, with a tap that writes down every byte of every request and response, as its operator could.
@@ -317,7 +317,7 @@ def test_the_run_of_an_earlier_server_is_known(tmp_path: Path) -> None:
     assert earlier_run(tmp_path) is None
     write_config(tmp_path, 2**63, checked_job({}, "this test"), tmp_path / "run", tmp_path / "keys")
     assert earlier_run(tmp_path) == 2**63
-    assert Given.read(tmp_path / "serverapp.json").config.keys() == {"job", "folder", "keys"}
+    assert Given.read(tmp_path / "serverapp.json").config.keys() == {"job", "folder", "keys", "resume"}
     (tmp_path / "serverapp.json").write_text("{")
     assert earlier_run(tmp_path) is None
 
@@ -394,7 +394,7 @@ def guest(tmp_path: Path, keys: CoordinatorKeys, job_file: Path, monkeypatch: py
 
 
 def follow(guest: Guest) -> None:
-    guest._playing.follow(9, Progress(Path("no metrics"), Quiet()), guest.look)
+    guest._playing.follow(9, lambda: None, guest.look)
 
 
 def test_how_the_run_ended_is_what_our_own_process_says(guest: Callable[..., Guest]) -> None:
@@ -402,9 +402,9 @@ def test_how_the_run_ended_is_what_our_own_process_says(guest: Callable[..., Gue
     follow(guest(0, None))  # the SuperLink could not be told any more
     with pytest.raises(RoundFailed, match=r"exit code 1; its last words in .*serverapp.log: round 1: nobody answered"):
         follow(guest(1, ("finished:completed", "")))
-    with pytest.raises(RoundFailed, match=r"says that the run is finished:completed .no reason given. while it goes on here"):
+    with pytest.raises(Crashed, match=r"says that the run is finished:completed .no reason given. while it goes on here"):
         follow(guest(None, ("finished:completed", "")))
-    with pytest.raises(RoundFailed, match=r"finished:failed .a.b. while .* must be started with `--isolation process`"):
+    with pytest.raises(Crashed, match=r"finished:failed .a.b. while .* must be started with `--isolation process`"):
         follow(guest(None, ("finished:failed", "a\x1bb")))
 
 
@@ -422,3 +422,17 @@ def test_a_superlink_that_is_not_there_is_waited_for_a_minute(guest: Callable[..
     with pytest.raises(RoundFailed, match=r"--superlink 127.0.0.1:\d+: nothing listens at"):
         guest(None, None)._start()
     assert 60 <= time.monotonic() <= 62
+
+
+def test_in_the_midst_of_a_run_it_is_waited_for_as_long_as_it_takes(
+    guest: Callable[..., Guest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And then only our own run is stopped, of which it may have lost sight."""
+    there = guest(None, None)
+    write_config(tmp_path, 6, checked_job({}, "this test"), tmp_path / "run", tmp_path / "keys")
+    there._control.left = [5, 6]
+    monkeypatch.setattr(type(there._control), "answers", lambda self: time.monotonic() > 3600)
+    there._come_back()
+    assert 3600 < time.monotonic() < 3602
+    assert there._control.stopped == [6]
+    assert "does not answer; the run goes on when it does" in State.read(tmp_path).why

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -20,13 +21,19 @@ from typer.testing import CliRunner
 
 from fedtune.daemon import State
 from fedtune.errors import FedtuneError, UserError
+from fedtune.job import load_job
 from fedtune.processes import Processes, free_port, started_in
 from fedtune.security.coordinator_keys import CoordinatorKeys
 from fedtune.security.handover import make_bundle
+from fedtune.signals import Stopped
 from server import loglines
+from server.attempts import entries_of
 from server.commands import add_to
+from server.journal import Entry, line_of
 from server.loglines import coming_lines, last_lines
 from server.records import RoundRecord
+from server.run_folder import RunFolder
+from server.settings import Settings
 from server.standing import Standing, process_words
 from server.stopping import stop_in
 
@@ -234,8 +241,56 @@ def test_stop_ends_it_and_waits(tmp_path: Path) -> None:
         assert process.poll() == 143
     assert (code, said) == (0, f"the server (pid {process.pid}) is stopped\n")
     again = json.loads(say("stop", "--dir", tmp_path, "--json")[1])
-    assert again == {"role": "server", "pid": process.pid, "stopped": False, "left": 0, "phase": "stopped"}
+    assert again == {"role": "server", "pid": process.pid, "stopped": False, "left": 0, "phase": "stopped", "run": ""}
     assert say("stop", "--dir", tmp_path) == (0, "no server runs here (stopped)\n")
+
+
+def test_stop_says_how_the_run_goes_on(tmp_path: Path, folder: Path) -> None:
+    State.read(folder).but(phase="stopped").write(folder)
+    said = say("stop", "--dir", folder)[1]
+    assert (
+        said == f"no server runs here (stopped); the run in {folder / 'runs' / 'tiny'} goes on with its command and --resume\n"
+    )
+    State.read(folder).but(phase="finished").write(folder)
+    assert say("stop", "--dir", folder)[1] == "no server runs here (finished)\n"
+
+
+def test_ctrl_c_says_how_the_run_goes_on(
+    run_command: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job_file: Path
+) -> None:
+    def stopped(given: Settings, *more: object) -> None:
+        given.run.mkdir(parents=True)
+        raise Stopped(15)
+
+    monkeypatch.setattr("server.supervisor.serve", stopped)
+    words = ("--insecure", "--host", "127.0.0.1", "--port", free_port(), "--dir", tmp_path)
+    code, _, said = run_command("server", job_file, *words)
+    assert (code, said.endswith(f"; the run in {tmp_path / 'runs' / 'tiny'} goes on with the same command and --resume\n")) == (
+        143,
+        True,
+    )
+
+
+def test_a_run_that_is_over_is_not_played_again(
+    run_command: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job_file: Path
+) -> None:
+    run = RunFolder.create(tmp_path / "runs" / "tiny", load_job(job_file)).path
+    entries = [Entry("state", {"round": 2}), Entry("ended")]
+    (run / "journal.jsonl").write_bytes(b"".join(line_of(entry, 0.0) for entry in entries))
+    served, told = list[object](), list[Path]()
+    monkeypatch.setattr("server.supervisor.serve", lambda *given: served.append(given))
+    monkeypatch.setattr("server.commands.say_where", told.append)
+    words = ("--insecure", "--host", "127.0.0.1", "--port", free_port(), "--dir", tmp_path, "--resume")
+    code, said, _ = run_command("server", job_file, *words)
+    assert (code, said, told, served) == (0, f"the run in {run} has finished already\n", [run], [])
+    assert run_command("server", job_file, *words, "--set", "rounds.count=3")[0] == 0
+    assert len(served) == 1
+
+
+def test_a_record_that_a_crash_has_cut_is_passed_over(folder: Path) -> None:
+    with (folder / "runs" / "tiny" / "metrics.jsonl").open("a") as metrics:
+        metrics.write("\n")
+    assert json.loads(say("status", "--dir", folder, "--json")[1])["run"]["loss"] == 2.25
 
 
 def test_stop_says_when_it_will_not_end(tmp_path: Path) -> None:
@@ -288,6 +343,13 @@ class Deployment:
         command = ["flower-supernode", "--superlink", f"127.0.0.1:{self.port}", "--port", str(free_port()), *known]
         self.nodes.start(f"supernode-{name}", [*command, "--node-config", f'trainer-socket="{socket}"'])
 
+    def kill_serverapp(self) -> None:
+        """When it has asked for round 1."""
+        journal = self.folder / "runs" / "demo"
+        asked = lambda: [entry for entry in entries_of(journal) if entry.what == "asked" and entry["ask"] == "1.0"]  # noqa: E731
+        self.nodes.until(lambda: bool(asked()), "round 1", timeout=240)
+        os.kill(State.read(self.folder).processes["serverapp"]["pid"], signal.SIGKILL)
+
     def until(self, phase: str, connected: int = 0) -> State:
         def reached() -> bool:
             if not (self.folder / "state.json").is_file():
@@ -316,7 +378,7 @@ def deployment() -> Iterator[Deployment]:
 
 @pytest.mark.slow
 def test_a_server_is_stopped_while_it_waits_and_then_runs_its_job_to_the_end(deployment: Deployment) -> None:
-    """Over TLS, with node keys, signed asks and sealed answers."""
+    """Over TLS, with node keys, signed asks and sealed answers. In the midst of its round the ServerApp is killed."""
     folder = deployment.folder
     first = deployment.serve()
     deployment.node("http")
@@ -329,6 +391,7 @@ def test_a_server_is_stopped_while_it_waits_and_then_runs_its_job_to_the_end(dep
 
     deployment.serve()  # the same folder: the SuperLink's database knows the nodes, and the node that was there comes back
     deployment.node("asyncio")
+    deployment.kill_serverapp()
     deployment.until("finished")
     given = json.loads(say("status", "--dir", folder, "--json")[1])
     assert (given["phase"], given["run"]["round"], given["clients"]) == ("finished", 1, {})
@@ -340,3 +403,4 @@ def test_a_server_is_stopped_while_it_waits_and_then_runs_its_job_to_the_end(dep
         time.sleep(0.1)
     said = deployment.nodes.log("server").read_text()
     assert (code, "round 1/1" in said, "loaded with" in said) == (0, True, True)
+    assert "the ServerApp was killed by SIGKILL (out of memory?); the run goes on from round 1\n" in said

@@ -17,16 +17,19 @@ from rich.console import Console
 from fedtune.daemon import Said, State
 from fedtune.errors import FedtuneError, KeysError, ModelError, RoundFailed, RunFolderError, UserError
 from fedtune.folders import require_folder
-from fedtune.job import checked_job
+from fedtune.job import checked_job, load_job
 from fedtune.processes import free_port
 from fedtune.security.addresses import Address
 from fedtune.security.coordinator_keys import CoordinatorKeys
 from fedtune.security.handover import make_bundle
 from fedtune.signals import Stopped
 from fedtune.tending import Tending
-from server import playing, supervisor
+from server import playing, showing, supervisor
 from server.flower_control import Node, NoSuperLink
+from server.following import as_seen_anywhere
+from server.journal import Entry, line_of
 from server.records import RoundRecord
+from server.run_folder import RunFolder
 from server.settings import Settings, checked, require_port, require_writable
 from server.supervisor import Server
 
@@ -40,18 +43,22 @@ class Played:
         (folder / "logs").mkdir(parents=True)
         self.left: list[int] = []
         self.commands = dict[str, list[str]]()
-        self.over = ""  # the run's status, once it is over
+        self.over, self.died = "", 0  # the run's status, once it is over; the code of a ServerApp that crashed
+        self.configs = list[dict[str, str]]()  # what each ServerApp was told
 
     # as Processes
     def start(self, name: str, command: list[str]) -> None:
         self.commands[name] = command
         if name == "superlink":
             self.up, self.started = True, self.started + 1
+        else:
+            self.died = 0
+            self.configs.append(json.loads(Path(command[command.index("--config") + 1]).read_text()))
 
     def ended(self, name: str) -> int | None:
         """The ServerApp ends with its run."""
         if name == "serverapp":
-            return None if not self.over else int(self.over != "finished:completed")
+            return self.died or (None if not self.over else int(self.over != "finished:completed"))
         return None if self.up else self.code
 
     def pids(self) -> dict[str, int]:
@@ -93,24 +100,26 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
     """serve(script): the server's life; what was played, what it printed, and what it said last of itself."""
 
     def submit(control: Played, folder: Path, clientapp: str) -> int:
-        (folder / "runs" / "run").mkdir(parents=True)
-        return 9
+        (folder / "runs" / "run").mkdir(parents=True, exist_ok=True)
+        return 9 + len(control.configs)
 
     monkeypatch.setattr(playing, "submit_bare", submit)
-    monkeypatch.setattr(supervisor, "TensorBoard", Events)
+    monkeypatch.setattr(showing, "TensorBoard", Events)
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(supervisor, "Tending", lambda processes: Tending(processes, clock=lambda: now[0]))
     monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
 
-    def life(script: Callable[[Played], str], **job: object) -> tuple[Played, str, State]:
+    def life(
+        script: Callable[[Played], str], beside: Callable[[], object] = lambda: None, **job: object
+    ) -> tuple[Played, str, State]:
         given = checked_job({"clients": {"count": 2}, "rounds": {"count": 2}, **job}, "this test")
         settings = Settings(given, tmp_path, tmp_path / "runs" / "run", Address("127.0.0.1", 8000), None, 5.0)
         played, paper = Played(tmp_path, script), io.StringIO()
         said = Said(tmp_path, State(role="server"))
         try:
             with said.to_the_end():
-                Server(settings, played, played, said, Console(file=paper, width=200)).run()
+                Server(settings, played, played, said, Console(file=paper, width=200), beside).run()
         finally:
             life.played, life.paper = played, paper  # type: ignore[attr-defined]
         return played, paper.getvalue(), State.read(tmp_path)
@@ -134,6 +143,11 @@ class Events:
 def write_round(played: Played, number: int) -> None:
     with (played.folder / "runs" / "run" / "metrics.jsonl").open("a") as metrics:
         metrics.write(json.dumps(RoundRecord(number, loss=2.5).as_json()) + "\n")
+
+
+def write_journal(played: Played, what: str, **about: object) -> None:
+    with (played.folder / "runs" / "run" / "journal.jsonl").open("ab") as journal:
+        journal.write(line_of(Entry(what, about), 0.0))
 
 
 def test_from_the_first_client_to_the_last_round(serve: Callable[..., tuple[Played, str, State]]) -> None:
@@ -165,7 +179,7 @@ def test_the_serverapp_is_told_here_and_its_command_line_has_no_secret(serve: Ca
 
 
 def test_a_run_that_failed_ends_with_its_last_words(serve: Callable[..., tuple[Played, str, State]], tmp_path: Path) -> None:
-    end = f"finished rounds are in {tmp_path / 'runs' / 'run'}, so a new run needs another --out"
+    end = f"the run in {tmp_path / 'runs' / 'run'} goes on with the same command and --resume"
     with pytest.raises(RoundFailed, match=rf"exit code 1; its last words in .*serverapp.log: round 1: nobody answered; {end}"):
         serve(lambda played: "finished:failed; round 1: nobody answered")
     assert (State.read(tmp_path).phase, "nobody answered" in State.read(tmp_path).why) == ("failed", True)
@@ -176,24 +190,100 @@ def test_clients_that_do_not_come_end_it(serve: Callable[..., tuple[Played, str,
         serve(lambda played: "", clients={"count": 3})
 
 
-def test_a_superlink_that_dies_in_a_run_is_started_again_and_the_run_ends_as_lost(
+def test_a_superlink_that_dies_in_a_run_is_started_again_and_the_run_goes_on(
     serve: Callable[..., tuple[Played, str, State]], tmp_path: Path
 ) -> None:
     def script(played: Played) -> str:
         if played.started == 1:
             played.log("superlink").write_text("out of\nmemory\n")
             played.up, played.code = False, -9
+            write_journal(played, "state", round=1)
+        return "running" if len(played.configs) == 1 else "finished:completed"
+
+    played, printed, state = serve(script)
+    assert (played.started, played.stopped) == (2, [9])
+    assert [config["resume"] for config in played.configs] == ["", "1"]
+    assert "superlink was killed by SIGKILL (out of memory?)" in printed
+    assert "the SuperLink was killed by SIGKILL (out of memory?); the run goes on from round 2\n" in printed
+    assert state.processes["superlink"]["restarts"] == 1
+    assert (state.phase, state.why, state.run["flower"]) == ("finished", "", "10")
+
+
+def test_a_serverapp_that_dies_is_followed_by_another_that_goes_on(
+    serve: Callable[..., tuple[Played, str, State]], tmp_path: Path
+) -> None:
+    """The reason stands in the state until the run does something again."""
+    whys = list[str]()
+
+    def script(played: Played) -> str:
+        if len(played.configs) == 1:
+            write_round(played, 0)
+            write_journal(played, "state", round=0)
+            played.died = -9
+            return "running"
+        if not whys:
+            whys.append(State.read(tmp_path).why)
+            write_round(played, 0)  # as one writes it that died before it could say that it had
+            write_journal(played, "resumed")
+            return "running"
+        whys.append(State.read(tmp_path).why)
+        return "finished:completed"
+
+    played, printed, _ = serve(script)
+    died = "the ServerApp was killed by SIGKILL (out of memory?); the run goes on from round 1"
+    assert whys == [died, ""]
+    assert printed.count(f"{died}\n") == 1
+    assert printed.count("round 0/2") == 1
+    assert played.stopped == [9]
+    assert [config["resume"] for config in played.configs] == ["", "1"]
+    assert [config["run"] for config in played.configs] == [9, 10]
+
+
+def test_one_that_dies_again_and_again_is_given_up(serve: Callable[..., tuple[Played, str, State]], tmp_path: Path) -> None:
+    def script(played: Played) -> str:
+        with played.log("serverapp").open("a") as log:
+            log.write(f"boom {len(played.configs)}\n")
+        played.died = 70
         return "running"
 
-    with pytest.raises(
-        RoundFailed, match=r"the SuperLink was killed by SIGKILL \(out of memory\?\) in the midst of the run, which was lost"
-    ):
+    with pytest.raises(RoundFailed, match=r"exit code 70: boom 5; given up, .* 5th time without a step forward; the run in"):
         serve(script)
-    played, printed = serve.played, serve.paper.getvalue()  # type: ignore[attr-defined]
-    assert (played.started, played.stopped) == (2, [9])
-    assert "superlink was killed by SIGKILL (out of memory?)" in printed
-    assert "out of memory" in printed
-    assert State.read(tmp_path).processes["superlink"]["restarts"] == 1
+    assert len(serve.played.configs) == 5  # type: ignore[attr-defined]
+    assert State.read(tmp_path).phase == "failed"
+
+
+def test_what_the_user_must_mend_is_said_at_once(serve: Callable[..., tuple[Played, str, State]]) -> None:
+    def script(played: Played) -> str:
+        played.log("serverapp").write_text("2026-01-02 03:04:05,678 ERROR another process works on the run\n")
+        played.died = 2
+        return "running"
+
+    with pytest.raises(UserError, match=r"^another process works on the run \(the log: "):
+        serve(script)
+    assert len(serve.played.configs) == 1  # type: ignore[attr-defined]
+
+
+def test_why_a_run_waits_stands_in_the_state(serve: Callable[..., tuple[Played, str, State]], tmp_path: Path) -> None:
+    seen, said = list[str](), "round 1: 1 of 3 clients answered, wanted 2"
+
+    def script(played: Played) -> str:
+        seen.append(State.read(tmp_path).why)
+        if len(seen) == 1:
+            write_journal(played, "waiting", reason=f"{said}\x1b[2J")
+        elif len(seen) == 2:
+            write_journal(played, "answered", ask="1.0", client="a")
+        return "running" if len(seen) < 3 else "finished:completed"
+
+    printed = serve(script)[1]
+    assert seen == ["", f"{said}?[2J", ""]
+    assert printed.count(f"{said}?[2J\n") == 1
+
+
+def test_what_is_kept_beside_it_is_looked_after(serve: Callable[..., tuple[Played, str, State]]) -> None:
+    looks: list[str] = []
+    script = iter(["running", "running", "finished:completed"])
+    serve(lambda played: next(script), beside=lambda: looks.append(""))
+    assert len(looks) > 3
 
 
 def test_a_run_that_had_ended_before_the_superlink_died_counts(serve: Callable[..., tuple[Played, str, State]]) -> None:
@@ -255,6 +345,23 @@ def test_what_is_wrong_is_said_before_anything_is_written(tmp_path: Path, keys: 
         with pytest.raises(RunFolderError, match=f"{out} cannot be written: .* --out"):
             checked(job, folder, "127.0.0.1", 8000, keys, out=out)
     assert not folder.exists()
+
+
+def test_a_run_goes_on_with_the_job_that_it_began_with(tmp_path: Path, job_file: Path) -> None:
+    """With as many clients as there were then; what changes no number of it may differ."""
+    run = RunFolder.create(tmp_path / "srv" / "runs" / "tiny", as_seen_anywhere(load_job(job_file), 3)).path
+
+    def again(*overrides: str, resume: bool = True) -> Settings:
+        given = ("127.0.0.1", free_port())
+        return checked(str(job_file), tmp_path / "srv", *given, overrides=overrides, insecure=True, resume=resume)
+
+    settings = again("machine.threads=3")
+    assert (settings.resume, settings.run, settings.job.clients.count) == (True, run, 3)
+    with pytest.raises(UserError, match=r"another job \(train\.lr = 0\.01, now 0\.5\)"):
+        again("train.lr=0.5")
+    with pytest.raises(RunFolderError, match=r"already holds a run; .* --resume"):
+        again(resume=False)
+    assert again("name=other").job.clients.count is None  # there is none yet
 
 
 def test_looking_whether_a_run_can_be_written_leaves_nothing(tmp_path: Path) -> None:
