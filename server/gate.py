@@ -53,8 +53,7 @@ def admit(
         raise Refused(str(error)) from error
     if header.get("base") != like.base:
         raise Refused(f"it was made on base model {header.get('base')}, wanted {like.base}")
-    if not (math.isfinite(answer.weight) and 0 < answer.weight <= max_weight):
-        raise Refused(f"its weight is {answer.weight:g}, wanted more than 0 and at most {max_weight:g}")
+    _require_weight(answer, client, max_weight)
     _require_finite(answer)
     require_vectors(answer, ask.vectors)
     if ask.tensors:
@@ -90,6 +89,14 @@ def schema_of(answer: Answer, fold: Fold = Fold.SUM) -> Schema:
     shapes = {name: tuple(tensor.shape) if summed else () for name, tensor in payload.tensors.items()}
     scales = {name: (value,) if summed and name.endswith(SCALE) else () for name, value in payload.scalars.items()}
     return tuple(sorted({**scales, **shapes}.items()))
+
+
+def _require_weight(answer: Answer, client: ClientInfo, max_weight: float) -> None:
+    """Nobody's say is larger than by the examples that it registered with."""
+    most = min(max_weight, client.examples)
+    if not (math.isfinite(answer.weight) and 0 < answer.weight <= most):
+        limit = "the examples that it registered with" if client.examples <= max_weight else "rounds.max_weight"
+        raise Refused(f"its weight is {answer.weight:g}, wanted more than 0 and at most {most:g} ({limit})")
 
 
 def _require_finite(answer: Answer) -> None:

@@ -1,4 +1,5 @@
-"""What a vector in an answer may hold: how many numbers, of which kind, from where to where. Part of the gate.
+"""How large an answer can be, and what a vector in it may hold: how many numbers, of which kind, from where to where. Part of
+the gate.
 
 A slope moves every weight of the model, and a seed stands for a direction: neither is believed unseen.
 """
@@ -11,11 +12,15 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from fedtune.base import Blueprint
+from fedtune.envelope import Envelope
 from fedtune.errors import Refused
 from fedtune.payload import Role
 from fedtune.strategy import Answer, Ask, ClientInfo, Limits
 
 SLACK = 2**20  # numbers beside what can be counted: vectors of which only the method knows
+WIDEST = 8  # bytes of a number: twice those of a plain float32
+HEADER = 2**20  # bytes of a header
+NAMED = 2**9  # and for each tensor that may be named in it
 TIMES = 4  # adapters in one answer: control variates, gradients and the like beside the adapter itself
 
 
@@ -26,6 +31,18 @@ def most_numbers(ask: Ask, client: ClientInfo, plan: Blueprint) -> int:
     sent = sum(tensor.numel() for tensor in ask.payload_for(client.id).tensors.values())
     own = sum(math.prod(plan.shapes.get(name, ())) for name in ask.tensors.get(client.id, ()))
     return TIMES * adapter + sent + own + sum(limits.longest for limits in ask.vectors.values()) + SLACK
+
+
+def require_small(envelope: Envelope, ask: Ask, client: ClientInfo, plan: Blueprint) -> None:
+    """The answer is no larger than one to this ask can be, whatever codec it came by. Raises Refused; nothing is decoded."""
+    names = 3 * len(plan.adapter.lora) + len(plan.adapter.dense) + len(ask.tensors.get(client.id, ())) + len(ask.vectors)
+    most = HEADER + NAMED * TIMES * names
+    header = envelope.header_size() + sum(len(tensor.name) + len(tensor.dtype) for tensor in envelope.tensors)
+    if header > most:
+        raise Refused(f"its header has {header:,} bytes, wanted at most {most:,}")
+    data, most = sum(len(tensor.data) for tensor in envelope.tensors), WIDEST * most_numbers(ask, client, plan)
+    if data > most:
+        raise Refused(f"it has {data:,} bytes, wanted at most {most:,}")
 
 
 def require_vectors(answer: Answer, wanted: Mapping[str, Limits]) -> None:

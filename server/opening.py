@@ -20,6 +20,7 @@ from fedtune.wire.ends import ServerEnd
 from fedtune.wire.versions import Known
 from server import lock
 from server.checkpoint import Checkpoint
+from server.gatekeeper import GateMemory
 from server.journal import Entry, Journal
 from server.meeting import meet
 from server.past import Asked, asks_in, is_over, started_in
@@ -43,16 +44,20 @@ class Stand:
     records: tuple[RoundRecord, ...] = ()
     undone: tuple[int, ...] = ()  # rounds that were rolled back
     past: Mapping[str, Asked] = field(default_factory=dict)  # what became of the asks of the next round before
+    gate: GateMemory = field(default_factory=GateMemory)  # of clients that were refused, and of norms
 
-    def after(self, record: RoundRecord, state: ServerState, known: Known, undone: int | None = None) -> Stand:
+    def after(
+        self, record: RoundRecord, state: ServerState, known: Known, gate: GateMemory, undone: int | None = None
+    ) -> Stand:
         gone = self.undone if undone is None else (*self.undone, undone)
-        return Stand(self.next + 1, state, known, (*self.records, record), gone)
+        return Stand(self.next + 1, state, known, (*self.records, record), gone, gate=gate)
 
     def again(self, past: Mapping[str, Asked]) -> Stand:
         return replace(self, past=past)
 
     def checkpoint(self, run: str) -> Checkpoint:
-        return Checkpoint(run, self.next - 1, self.state, self.known, self.records[-1], {"undone": list(self.undone)})
+        notes = {"undone": list(self.undone), "gate": self.gate.as_json()}
+        return Checkpoint(run, self.next - 1, self.state, self.known, self.records[-1], notes)
 
 
 @dataclass(frozen=True)
@@ -161,8 +166,8 @@ class _Opening:
         if record and record.round not in {line.round for line in lines}:
             folder.log(record)  # the crash came between the two
         records = (*(line for line in lines if line.round < checkpoint.round), *([record] if record else []))
-        undone = tuple(checkpoint.notes.get("undone", ()))
-        return Stand(checkpoint.round + 1, checkpoint.state, checkpoint.known, records, undone, past)
+        undone, gate = tuple(checkpoint.notes.get("undone", ())), GateMemory.from_json(checkpoint.notes.get("gate"))
+        return Stand(checkpoint.round + 1, checkpoint.state, checkpoint.known, records, undone, past, gate)
 
 
 def _require_the_jobs_rank(job: Job, strategy: Strategy, clients: Mapping[str, ClientInfo]) -> None:

@@ -6,19 +6,39 @@ of the changes counts.
 
 from __future__ import annotations
 
+import logging
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from fedtune.errors import FedtuneError
 from fedtune.strategy import ServerState
 from server.records import RoundRecord
+from server.report_units import one_line
 from server.tally import Tally
 
 MOST_IN_A_ROW = 3
 ROLLED_BACK = "rolled back"  # begins the note of such a round
+
+
+log = logging.getLogger("fedtune.serverapp")
+T = TypeVar("T")
+
+
+class Trouble(FedtuneError):
+    """The round must not count; the message says why."""
+
+
+def computed(half: Callable[[], T]) -> T:
+    """Where the algebra of a method fails on numbers that are odd and yet finite, that is trouble of this round alone."""
+    try:
+        return half()
+    except (ArithmeticError, RuntimeError, ValueError) as error:
+        log.warning("the strategy failed", exc_info=True)
+        raise Trouble(f"the strategy could not compute it: {type(error).__name__}: {one_line(str(error), 200)}") from error
 
 
 class Evaluated(Protocol):

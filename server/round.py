@@ -20,23 +20,26 @@ from fedtune.base import Blueprint
 from fedtune.envelope import Envelope
 from fedtune.errors import MALFORMED, ClientFailed, Damaged, Refused, RoundFailed
 from fedtune.job import Job
-from fedtune.strategy import Answer, Answers, Ask, ClientInfo, Fold, ServerState, Strategy
+from fedtune.strategy import Answer, Answers, Ask, ClientInfo, ServerState, Strategy
 from fedtune.wire.ends import ServerEnd
 from fedtune.wire.ledger import Cost
 from server.exchange import AWAY, exchange
-from server.gate import Diverged, admit, misfits, schema_of
+from server.gate import Diverged
+from server.gatekeeper import Gatekeeper, GateMemory
 from server.journal import Journal
 from server.limits import most_numbers
 from server.past import NOTHING, Asked
 from server.post import OPEN, Post
 from server.records import RoundRecord, Watcher
 from server.roll import Roll
+from server.rollback import computed
 from server.run_folder import RunFolder, writing
 from server.spool import Spool, SpooledAnswers
 from server.tally import Tally
 
 Selected = Mapping[str, Mapping[str, float]]
 NOTHING_ASKED_BEFORE: Mapping[str, Asked] = MappingProxyType({})
+FIRST = GateMemory()
 HAS_IT = Envelope({})  # of a client whose answer was refused, and which took the broadcast
 
 
@@ -71,6 +74,7 @@ class Round:
         clients: Iterable[str],
         past: Mapping[str, Asked] = NOTHING_ASKED_BEFORE,
         undone: Collection[int] = (),
+        gate: GateMemory = FIRST,
     ) -> None:
         self.number, self.shares, self.tally = number, dict[str, float](), Tally(clients)
         self.diverged = set[str]()  # clients whose held-out loss was not finite
@@ -78,29 +82,31 @@ class Round:
         self._federation, self._run, self._past, self._began = federation, run, past, time.monotonic()
         self._costs: dict[str, Cost] = {}  # of the answers to the open ask, as they came
         self._digests: dict[str, str] = {}  # and of what lies in its spool
+        self.gate = Gatekeeper(federation.job, federation.strategy, federation.plan, gate, run.quarantine)
 
     def train(self, state: ServerState, cohort: Sequence[ClientInfo]) -> ServerState:
         """Drive the strategy's generator from state to state; `shares` are then the clients' in its last fold."""
         conversation = self._federation.strategy.round(state, cohort)
         try:
-            ask, step = next(conversation), 0
+            ask, step = computed(lambda: next(conversation)), 0
             while True:
                 answers = self._answers(ask, f"{self.number}.{step}", cohort)
                 self.shares, step = dict(answers.weights), step + 1
-                ask = conversation.send(answers)
+                ask = computed(lambda: conversation.send(answers))  # noqa: B023 -- called at once
         except StopIteration as end:
             after: ServerState = end.value
             return after
 
     def evaluate(self, state: ServerState) -> ServerState:
         """Every client looks at what is published with its held-out examples; a failure here costs no round."""
-        clients, ask_id = self.tally.able(self._federation.clients), f"{self.number}.evaluate"
-        ask = self._federation.strategy.evaluation(state, clients)
+        clients, ask_id = self.tally.able(self.tally.clients), f"{self.number}.evaluate"
+        ask = computed(lambda: self._federation.strategy.evaluation(state, clients))
         answered = []
         for client, answer in self._admitted(clients, ask, ask_id):
             self.tally.held_out(client, answer)
             answered.append(client)
         self._close(ask_id, answered)
+        self.gate.counted(answered)
         return self._federation.strategy.evaluated(state, clients, answered)
 
     def report(self, own: Mapping[str, float], selected: Selected | None = None, notes: Sequence[str] = ()) -> RoundRecord:
@@ -118,14 +124,16 @@ class Round:
 
     def _answers(self, ask: Ask, ask_id: str, cohort: Sequence[ClientInfo]) -> Answers:
         """Spool what passes the gate, and give the strategy what it may see of it."""
-        weights, schemas, metrics = dict[str, float](), {}, {}
+        weights, metrics = dict[str, float](), {}
         for client, answer in self._admitted(self.tally.able(info.id for info in cohort), ask, ask_id):
-            weights[client], schemas[client], metrics[client] = answer.weight, schema_of(answer, ask.fold), answer.metrics
-        for client, reason in ({} if ask.tensors else misfits(schemas)).items():
+            weights[client], metrics[client] = answer.weight, answer.metrics
+        for client, reason in ({} if self._past_of(ask_id).closed else self.gate.left_out()).items():
+            self._refused(client, ask_id, self._spool(ask_id).get(client, self._digests[client]), reason)
             self.tally.failed(client, f"refused: {reason}")
             del weights[client]
         self._require_quorum(ask, len(weights), len(cohort))
         self._close(ask_id, weights)
+        self.gate.counted(weights)
         for client in weights:
             self.tally.trained(client, metrics[client])
         return SpooledAnswers(self._spool(ask_id), dict(self._digests), weights, ask.fold, self._decoding(ask))
@@ -133,26 +141,29 @@ class Round:
     def _close(self, ask_id: str, answered: Collection[str]) -> None:
         """From here on these answers count, and no others, however often the round is taken up again."""
         if not self._past_of(ask_id).closed:
-            failed = {client: {"reason": record.failed} for client, record in self.tally.clients.items() if record.failed}
+            reasons = {client: record.failed for client, record in self.tally.clients.items() if record.failed}
+            failed = {client: {"reason": why, "refused": client in self.gate.refused} for client, why in reasons.items()}
             self._federation.journal.write("closed", ask=ask_id, answered=sorted(answered), failed=failed)
 
     def _admitted(self, clients: Sequence[str], ask: Ask, ask_id: str) -> Iterator[tuple[str, Answer]]:
         """The answers that pass the gate, as they come; the reasons of the others go into the tally."""
-        federation = self._federation
-        lower_rank, decoded = ask.fold is Fold.EACH and federation.strategy.mixed_ranks, self._decoding(ask)
+        decoded, known = self._decoding(ask), self._federation.clients
         self._costs, self._digests = {}, {}
+        self.gate.open(ask, ask_id)
         for client, envelope in self._replies(clients, ask, ask_id):
             try:
-                info, like, decode = federation.clients[client], federation.plan.adapter, partial(decoded, client)
-                shapes = federation.plan.shapes
-                answer = admit(envelope, ask_id, info, like, self._most, lower_rank, ask, shapes, decode)
+                answer = self.gate.let_in(envelope, known[client], partial(decoded, client))
                 self.tally.read(client, envelope, answer.payload)
             except Refused as reason:
+                if self.gate.blames(reason):
+                    self._refused(client, ask_id, envelope, str(reason))
                 self._fail(client, ask_id, f"refused: {reason}", has=True, diverged=isinstance(reason, Diverged))
             except ClientFailed as reason:
                 self._fail(client, ask_id, str(reason))
-            except MALFORMED as error:
-                self._fail(client, ask_id, f"refused: it is malformed ({type(error).__name__})", has=True)
+            except (*MALFORMED, RuntimeError) as error:
+                reason = f"it is malformed ({type(error).__name__})"
+                self._refused(client, ask_id, envelope, reason)
+                self._fail(client, ask_id, f"refused: {reason}", has=True)
             else:
                 self._keep(client, ask_id, envelope)
                 yield client, answer
@@ -166,11 +177,17 @@ class Round:
             cost = asdict(self._costs.get(client, Cost()))
             self._federation.journal.write("answered", ask=ask_id, client=client, digest=digest, cost=cost)
 
+    def _refused(self, client: str, ask_id: str, envelope: Envelope, reason: str) -> None:
+        file = self.gate.refuse(client, envelope, self.number, reason)
+        with writing(self._run.path):
+            self._federation.journal.write("refused", ask=ask_id, client=client, reason=reason, file=file)
+
     def _fail(self, client: str, ask_id: str, reason: str, has: bool = False, diverged: bool = False) -> None:
         """`has`: whether the broadcast has come to it all the same."""
         self.tally.failed(client, reason)
         self.diverged |= {client} if diverged else set()
         told = {"reason": self.tally.clients[client].failed, "has": has, "diverged": diverged}
+        told |= {"refused": client in self.gate.refused}
         with writing(self._run.path):
             self._federation.journal.write("failed", ask=ask_id, client=client, **told)
 
@@ -220,6 +237,7 @@ class Round:
         for client in packed.keys() & past.failed.keys():
             self.tally.failed(client, past.failed[client]["reason"])
             self.diverged |= {client} if past.failed[client].get("diverged") else set()
+            self.gate.refused |= {client} if past.failed[client].get("refused") else set()
             self._federation.wire.arrived(client, HAS_IT if past.failed[client].get("has") else None)
             settled.add(client)
         return settled
@@ -280,7 +298,3 @@ class Round:
             raise RoundFailed(
                 f"round {self.number}: {answered} of {asked} clients answered, wanted {wanted} (rounds.quorum). {reasons}"
             )
-
-    @property
-    def _most(self) -> float:
-        return self._federation.job.rounds.max_weight

@@ -3,6 +3,8 @@
 job.toml   metrics.jsonl   events/   comparison.json   report.html   clients/ (own adapters, where a method gives each its own)
 rounds/0007/adapter/   adapter -> rounds/0007/adapter
 
+quarantine/   answers that were refused, the newest of them
+
 What lets a run go on after a crash: journal.jsonl   state/ (the last checkpoints)   spool/ (while a round is open)   lock
 
 Methods that move the whole model by seeds leave a recipe of it in each round, and at the end the model, for stock transformers:
@@ -68,6 +70,10 @@ class RunFolder:
     @property
     def spool(self) -> Path:
         return self.path / "spool"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.path / "quarantine"
 
     @property
     def adapter(self) -> Path:

@@ -159,8 +159,8 @@ def test_a_client_whose_tensors_differ_is_left_out_of_a_sum(play: Play) -> None:
 def test_stacking_leaves_out_who_sends_only_some_tensors(missing: str, play: Play) -> None:
     """Else FLoRA would take away this client's share of the sum so far, and put nothing in its place."""
     odd = {("cy", 2): lambda envelope: replace(envelope, **_without(envelope, missing))}
-    run = play("rounds.count=2", "strategy.name=flora", odd=odd)
-    without = play("rounds.count=2", "strategy.name=flora", folder="without", odd={("cy", 2): _failing})
+    run = play("rounds.count=2", "strategy.name=flora", "gate.max_ratio=0", odd=odd)
+    without = play("rounds.count=2", "strategy.name=flora", "gate.max_ratio=0", folder="without", odd={("cy", 2): _failing})
     reason = run.records[2].clients["cy"].failed
     assert reason is not None
     assert reason.startswith("refused: it lacks model.layers.0.")

@@ -75,11 +75,15 @@ def test_the_rank_is_the_one_that_the_client_declared() -> None:
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (replace(GOOD, weight=0.0), "its weight is 0, wanted more than 0 and at most 100"),
+        (
+            replace(GOOD, weight=0.0),
+            r"its weight is 0, wanted more than 0 and at most 7 \(the examples that it registered with\)$",
+        ),
         (replace(GOOD, weight=-1.0), "its weight is -1,"),
         (replace(GOOD, weight=math.nan), "its weight is nan,"),
         (replace(GOOD, weight=math.inf), "its weight is inf,"),
-        (replace(GOOD, weight=101.0), "its weight is 101,"),
+        (replace(GOOD, weight=1e308), r"its weight is 1e\+308,"),
+        (replace(GOOD, weight=7.001), r"its weight is 7.001, wanted more than 0 and at most 7 "),
         (changed("q.lora_A", spoilt(PAIR.A, math.nan)), "'q.lora_A' is not finite"),
         (changed("q.lora_B", spoilt(PAIR.B, math.inf), Role.B), "'q.lora_B' is not finite"),
         (changed("head", spoilt(torch.zeros(4, 3), -math.inf), Role.DENSE), "'head' is not finite"),
@@ -104,6 +108,13 @@ def test_the_rank_is_the_one_that_the_client_declared() -> None:
 def test_what_is_refused_and_why(answer: Answer, reason: str) -> None:
     with pytest.raises(Refused, match=reason):
         let_in(answer)
+
+
+def test_nobody_weighs_more_than_the_job_allows_whatever_it_registered_with() -> None:
+    many = replace(CLIENT, examples=1000)
+    assert let_in(replace(GOOD, weight=100.0), client=many).weight == 100
+    with pytest.raises(Refused, match=r"its weight is 101, wanted more than 0 and at most 100 \(rounds.max_weight\)$"):
+        let_in(replace(GOOD, weight=101.0), client=many)
 
 
 @pytest.mark.parametrize(
