@@ -45,7 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop(grace=None))
     server.wait_for_termination()
+    if given.dir:
+        given_up_on_purpose(given.dir)
     return 0
+
+
+def given_up_on_purpose(folder: Path) -> None:
+    """Who is told to stop in the midst of an ask has not died over it."""
+    from client.remembering import BEGUN, Begun
+
+    Begun(folder / BEGUN).clear()
 
 
 def tell_guards(guards: Sequence[Guard], folder: Path | None) -> None:

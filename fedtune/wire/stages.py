@@ -51,7 +51,7 @@ def stage_class(name: str) -> type[Stage]:
     """Raises JobError, with what would have been right."""
     if name in REGISTERED:
         return REGISTERED[name]
-    module, _, attribute = known().get(name, name).rpartition(":")
+    module, _, attribute = (BUILT_IN.get(name) or known().get(name, name)).rpartition(":")
     if not module:
         raise JobError(
             f"unknown stage '{name}'{nearest(name, known())}; known are {', '.join(known())}, entropy, or 'file.py:Class'"

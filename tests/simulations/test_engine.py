@@ -137,7 +137,7 @@ def test_ctrl_c_in_a_round_leaves_the_one_before(
         run(make_job(), tmp_path / "run")
     folder = tmp_path / "run"
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("adapter", "job.toml", "journal.jsonl", "lock", "memory", "metrics.jsonl", "rounds", "spool", "state"),
+        *("adapter", "job.toml", "journal.jsonl", "lock", "metrics.jsonl", "rounds", "spool", "state"),
     ]
     assert [path.name for path in (folder / "rounds").iterdir()] == ["0001"]
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)

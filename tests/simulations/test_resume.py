@@ -28,7 +28,10 @@ from simulations.engine import simulate
 MakeJob = Callable[..., Job]
 SMALL = ("rounds.count=2", "train.steps=1", "clients.names=['ann', 'bob']")
 # What the error of a codec, a client's variates, or the versions of the broadcast would show.
-BALANCED, SCAFFOLD = ("wire.preset=balanced",), ("strategy.name=scaffold", "train.optimizer=sgd", "wire.preset=lossless")
+BALANCED, SCAFFOLD = (
+    ("wire.preset=balanced",),
+    ("strategy.name=scaffold", "train.optimizer=sgd", "train.clip=0", "wire.preset=lossless"),
+)
 
 
 def played(job: Job, folder: Path) -> RunResult:
