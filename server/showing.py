@@ -34,8 +34,8 @@ class Showing:
         self._progress.show()
         self._waiting.look()
 
-    def waits(self, why: str) -> None:
-        self._rounds.waits(why)
+    def crashed(self, how: str) -> None:
+        self._rounds.waits(how, again=True)
 
 
 @contextmanager
@@ -63,10 +63,10 @@ class Rounds(Quiet):
         self._said.say(run={**self._said.state.run, "round": record.round})
         self._table.doing("rounds", record.round, self._planned)
 
-    def waits(self, why: str) -> None:
-        """Empty: no longer."""
+    def waits(self, why: str, again: bool = False) -> None:
+        """Empty: no longer. What is told already is told `again` only if asked to."""
         why = one_line(why, LONGEST)
-        if why == self._said.state.why:
+        if why == self._said.state.why and not again:
             return
         self._said.say(why=why)
         self._table.doing("waiting" if why else "rounds", self._reached, self._planned)

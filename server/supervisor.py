@@ -155,7 +155,7 @@ class Server:
                 raise
             except FedtuneError as crash:
                 wait, resume = attempts.after(crash), True
-                showing.waits(f"{crash}; {attempts.going_on}")
+                showing.crashed(f"{crash}; {attempts.going_on}")
             self._pause(wait)
 
     def _attempt(self, job: Job, resume: bool, showing: Showing) -> None:
