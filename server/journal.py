@@ -15,7 +15,7 @@ them damaged: all before the first such line holds, the rest is cut off and happ
     published  round                      its adapter is whole
     state      round                      so is the checkpoint; the spool may go
     ended                                 all rounds are played
-    waiting, resumed, late, refused, rolled_back, damaged   for who reads it
+    waiting, resumed, late, refused, sits_out, rolled_back, damaged   for who reads it
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Quarantine:
         """Its file's name; None where it is not kept."""
         try:
             return self._put(envelope, round, ask, client, reason) if self._most else None
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that cannot be written
             log.warning("a refused answer of %s cannot be kept in %s: %s", client, self._folder, error)
             return None
 

@@ -37,7 +37,7 @@ def write_report(folder: Path) -> Path:
 
 
 def render(run: RecordedRun) -> str:
-    failures = figures.failures(run.rounds)
+    failures, notes = figures.failures(run.rounds), figures.notes(run.rounds)
     names = figures.client_names(run.rounds)
     return (
         _templates()
@@ -60,6 +60,8 @@ def render(run: RecordedRun) -> str:
             changes=figures.changes(run.rounds),
             ledger=ledger(run.rounds),
             comparison=view.comparison_rows(run.comparison),
+            notes=notes[-FAILURES_SHOWN:],
+            notes_hidden=max(0, len(notes) - FAILURES_SHOWN),
             failures=failures[-FAILURES_SHOWN:],
             failures_hidden=max(0, len(failures) - FAILURES_SHOWN),
             loading=loading_lines(run),
@@ -122,6 +124,7 @@ def _templates() -> Environment:
         "metric": units.metric,
         "ratio": units.ratio,
         "name": lambda text: units.one_line(text, 60),
+        "note": lambda text: units.one_line(text, 400),
     }
     return templates
 

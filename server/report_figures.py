@@ -131,6 +131,11 @@ def failures(rounds: Iterable[RoundRecord]) -> list[tuple[int, str, str]]:
     return [(r.round, name, c.failed) for r in rounds for name, c in r.clients.items() if c.failed is not None]
 
 
+def notes(rounds: Iterable[RoundRecord]) -> list[tuple[int, str]]:
+    """(round, what was out of the ordinary), in order."""
+    return [(record.round, note) for record in rounds for note in record.notes]
+
+
 def of_client(rounds: Iterable[RoundRecord], name: str) -> list[tuple[int, ClientRecord]]:
     return [(r.round, r.clients[name]) for r in rounds if name in r.clients]
 

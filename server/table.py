@@ -80,12 +80,15 @@ class LiveTable:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _screen(self) -> RenderableType:
-        """As much as fits: the newest rows, the newest failures."""
-        failures = figures.failures(self._rounds)
-        room = max(3, self._console.height - FRAME - min(len(failures), parts.FAILURES_SHOWN + 1))
+        """As much as fits: the newest rows, the newest failures and notes."""
+        failures, notes = figures.failures(self._rounds), figures.notes(self._rounds)
+        below = min(len(failures), parts.FAILURES_SHOWN + 1) + min(len(notes), parts.NOTES_SHOWN)
+        room = max(3, self._console.height - FRAME - below)
         shown: list[RenderableType] = [self._words.table(self._title, self._rounds, room)]
         if failures:
             shown.append(self._words.failures(failures, parts.FAILURES_SHOWN))
+        if notes:
+            shown.append(self._words.notes(notes, parts.NOTES_SHOWN))
         return Group(*shown, self._words.doing(self._now, len(self._rounds), self._planned))
 
     def _final(self) -> RenderableType:
@@ -93,6 +96,8 @@ class LiveTable:
         shown: list[RenderableType] = [self._words.table(self._title, self._rounds, len(self._rounds))]
         if failures:
             shown += [self._words.failures(failures, limit=20, wrap=True), ""]
+        if notes := figures.notes(self._rounds):
+            shown += [self._words.notes(notes, limit=20, wrap=True), ""]
         if self._comparison is not None:
             shown.append(self._words.comparison(self._comparison, self._rounds))
         return Group(*shown)

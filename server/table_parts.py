@@ -17,7 +17,7 @@ from server import report_figures as figures
 from server import report_units as units
 from server.records import Comparison, RoundRecord
 
-FAILURES_SHOWN = 4
+FAILURES_SHOWN = NOTES_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ class Words:
         words = f"{number}  {loss:<19}  {traffic}  {units.duration(record.seconds):>6}  {_answered(record)} clients"
         failed = [f"{client}: {reason}" for _, client, reason in figures.failures([record])]
         more = f"; and {len(failed) - FAILURES_SHOWN} more" if len(failed) > FAILURES_SHOWN else ""
-        return self.say(words + ("  failed: " + "; ".join(failed[:FAILURES_SHOWN]) + more if failed else ""), 1000)
+        words += "  failed: " + "; ".join(failed[:FAILURES_SHOWN]) + more if failed else ""
+        notes = [self.say(note) for note in record.notes[:NOTES_SHOWN]]
+        return self.say(words + ("  note: " + "; ".join(notes) if notes else ""), 1000)
 
     def table(self, title: str, rounds: Sequence[RoundRecord], room: int) -> Table:
         """The newest `room` rounds."""
@@ -89,6 +91,11 @@ class Words:
         if len(failed) > limit:
             lines.insert(0, f"{len(failed) - limit} failures before these")
         return Text("\n".join(lines), style="red", no_wrap=not wrap, overflow="fold" if wrap else "ellipsis")
+
+    def notes(self, noted: Sequence[tuple[int, str]], limit: int, wrap: bool = False) -> Text:
+        """The newest `limit` notes, a line each."""
+        lines = [self.say(f"round {number}: {note}") for number, note in noted[-limit:]]
+        return Text("\n".join(lines), style="yellow", no_wrap=not wrap, overflow="fold" if wrap else "ellipsis")
 
     def doing(self, now: Doing | None, round: int, planned: int) -> RenderableType:
         if now is None:

@@ -117,6 +117,15 @@ def test_a_stranger_cannot_write_markup(tmp_path: Path) -> None:
     assert html.unescape(page).count(EVIL) >= 6  # title, heading, panel, tables, reason, job
 
 
+def test_what_was_out_of_the_ordinary_is_told_as_text_and_in_short(tmp_path: Path) -> None:
+    rounds = [RoundRecord(1, 1.0), RoundRecord(2, 1.0, notes=(f"ann sits out {EVIL}", "x" * 500))]
+    page = write_report(run_folder(tmp_path, rounds)).read_text()
+    assert "script" not in Tags(page).names
+    assert f"ann sits out {EVIL}" in html.unescape(page)
+    assert "x" * 399 + "…" in page
+    assert "Out of the ordinary" not in write_report(run_folder(tmp_path, rounds[:1])).read_text()
+
+
 def test_the_page_asks_nobody_for_anything(tmp_path: Path) -> None:
     page = write_report(run_folder(tmp_path, [a_round(1, 3.0, a=ClientRecord(loss=3.0))])).read_text()
     assert set(Tags(page).links) <= {"data:,", "#everyone"}

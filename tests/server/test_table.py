@@ -115,6 +115,29 @@ def test_the_final_table_fits_80_columns_and_shows_why_a_client_failed() -> None
     assert "federated" in final
 
 
+NOTED = (*RECORDS[:2], replace(RECORDS[2], notes=("ann sits out until round 7", "rolled back: [bold]\x1b[31m\nnot finite")))
+
+
+@pytest.mark.parametrize("height", [12, 24])
+def test_what_was_out_of_the_ordinary_stands_below_the_rounds(height: int) -> None:
+    table = LiveTable(terminal(height=height))
+    for record in NOTED:
+        table.round_ended(record)
+    console = Console(record=True, width=80, height=height, file=io.StringIO())
+    console.print(table._screen())
+    lines = [line.strip() for line in console.export_text().splitlines()]
+    assert "round 2: ann sits out until round 7" in lines
+    assert "round 2: rolled back: [bold]?[31m not finite" in lines
+    assert len(lines) <= height
+
+
+def test_a_pipe_is_told_it_in_the_round_s_line() -> None:
+    console = pipe()
+    run(LiveTable(console), NOTED, None)
+    last = output(console).splitlines()[-1]
+    assert last.endswith("3/3 clients  note: ann sits out until round 7; rolled back: [bold]?[31m not finite")
+
+
 def test_a_long_run_keeps_its_newest_rounds_on_the_screen() -> None:
     table = LiveTable(terminal(height=12))
     table.started(JOB, {"a": 1})
