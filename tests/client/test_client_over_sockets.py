@@ -107,8 +107,8 @@ def test_clients_that_were_there_before_their_server_do_its_job_and_outlive_it(
             short = {"rounds": {"count": 1, "evaluate_every": 9}, "data": {"max_held_out": 4}}
             run_through(flower, checked_job(job | short, "this test"), folder / "run", "client.app:app", Quiet())
             for node in nodes:
-                node.until(lambda state: state.run == {"name": "run", "round": 1})
-                assert "run run of the coordinator begun" in node.said.read_text()
+                node.until(lambda state: state.run["name"].startswith("run.") and state.run["round"] == 1)
+                assert f"run {node.state.run['name']} of the coordinator begun" in node.said.read_text()
                 assert "round 1: train answered in" in node.said.read_text()
         for node in nodes:
             node.until(lambda state: state.phase == "waiting" and state.why == GONE)
@@ -145,6 +145,11 @@ def test_a_node_that_is_not_registered_is_told_so_let_in_later_and_shut_out_when
         assert list(node.state.processes) == ["supernode", "relay"]
         [known] = control.nodes()
         assert known.online
+
+        os.kill(node.state.processes["supernode"]["pid"], signal.SIGKILL)
+        log = node.folder / "logs" / "supernode.log"
+        node.until(lambda _: "was killed: signs off and on" in log.read_text() and control.nodes()[0].online)
+        assert [again.id for again in control.nodes()] == [known.id]
         control.unregister(known.id)
         node.until(lambda state: "does not know this node" in state.why)
 
