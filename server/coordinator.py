@@ -15,15 +15,17 @@ from fedtune.job import Job
 from fedtune.recipe import Recipe
 from fedtune.seeds import seed_of
 from fedtune.strategy import ClientInfo, ServerState
+from server import quorum
 from server.conduct import require_enough, told
+from server.federation import Federation
 from server.gatekeeper import GateMemory
 from server.journal import read
 from server.opening import Opened, Stand, opened
-from server.past import asks_in, is_over
+from server.past import asks_in, cohort_in, is_over
 from server.post import OPEN, Post
 from server.records import RoundRecord, Watcher
 from server.rollback import MOST_IN_A_ROW, Trouble, computed, in_a_row, trouble
-from server.round import Federation, Round
+from server.round import Round
 from server.run_folder import JOURNAL, RunFolder, holds_run, writing
 
 REPAIRS = 3  # times that a round is begun again, in one process, as a file of its was damaged
@@ -122,7 +124,7 @@ def play(run: Opened, stand: Stand) -> Stand:
     """One round: train with a cohort, publish, evaluate where it is due; then the checkpoint, and only then it counts."""
     federation, number = run.federation, stand.next
     job, out = federation.job, stand.gate.conduct.out(number, federation.job.gate)
-    cohort = draw_cohort(job, federation.clients, number, out)
+    cohort = _cohort(run, number, out)
     require_enough(job, federation.clients, out, number)
     due = is_due(job, number)
     federation.wire.known = stand.known
@@ -142,6 +144,16 @@ def play(run: Opened, stand: Stand) -> Stand:
         return _rolled_back(run, stand, round, why, gate, notes)
     record = round.report(state.metrics if number else {}, state.selected if number else {}, notes)
     return _settled(run, round, stand.after(record, state, federation.wire.known, gate))
+
+
+def _cohort(run: Opened, number: int, out: Collection[str]) -> list[ClientInfo]:
+    """As it was drawn before, where the round has begun: who was busy then is noted nowhere else."""
+    federation = run.federation
+    federation.under_way.begins(number)
+    before = cohort_in(federation.journal.entries, number) if federation.job.rounds.late == "next_round" else []
+    if before:
+        return [federation.clients[client] for client in before]
+    return draw_cohort(federation.job, federation.clients, number, out, federation.under_way.busy)
 
 
 def _judged(run: Opened, stand: Stand, round: Round, out: Mapping[str, int]) -> tuple[GateMemory, list[str]]:
@@ -198,13 +210,17 @@ def is_due(job: Job, number: int) -> bool:
     return job.rounds.evaluate_every > 0 and number % job.rounds.evaluate_every == 0
 
 
-def draw_cohort(job: Job, clients: Mapping[str, ClientInfo], number: int, out: Collection[str] = ()) -> list[ClientInfo]:
+def draw_cohort(
+    job: Job, clients: Mapping[str, ClientInfo], number: int, out: Collection[str] = (), busy: Collection[str] = ()
+) -> list[ClientInfo]:
     """The clients of a round, by id: drawn without replacement, in an order that depends on (seed, round) alone, from those who
-    do not sit out."""
-    seed, wanted = job.seed, job.rounds.clients or len(clients)
+    do not sit out. Who is busy with an ask of before is drawn only where there would be no quorum without."""
     able = [client for id, client in clients.items() if id not in out]
-    drawn = sorted(able, key=lambda client: seed_of(seed, number, "cohort", client.id))[:wanted]
-    return sorted(drawn, key=lambda client: client.id)
+    drawn = sorted(able, key=lambda client: seed_of(job.seed, number, "cohort", client.id))
+    free = [client for client in drawn if client.id not in busy][: quorum.asked(job, len(clients))]
+    lacking = max(quorum.quorum(job, quorum.wanted(job, len(clients))) - len(free), 0)
+    rest = [client for client in drawn if client.id in busy][:lacking]
+    return sorted([*free, *rest], key=lambda client: client.id)
 
 
 def provenance(federation: Federation, round: Round) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class Asks:
     """Messages under way, and nodes that could not be reached. A node has one ask at a time."""
 
     def __init__(self, grid: Grid, post: Post, before: Mapping[str, int] = MappingProxyType({}), lasts: float = 0.0) -> None:
-        self._grid, self._post, self._before, self._lasts = grid, post, before, lasts
+        self._grid, self._post, self._before, self._lasts = grid, post, dict(before), lasts
         self.waiting: dict[int, float] = {}  # nodes that are at work -> when they were asked last
         self.away: list[int] = []
         self._asks: dict[int, Envelope] = {}
@@ -184,7 +184,7 @@ class Asks:
         id = message.metadata.reply_to_message_id
         node = self._nodes.get(id)
         if id in self._before:
-            return self._late(id, self._before[id], message)
+            return self._late(id, self._before.pop(id), message)
         if node is None or node not in self.waiting:
             return None
         if message.has_error() and message.error.code in LOST:

@@ -20,15 +20,16 @@ from fedtune.wire.ends import ServerEnd
 from fedtune.wire.versions import Known
 from server import lock
 from server.checkpoint import Checkpoint
+from server.federation import Federation
 from server.gatekeeper import GateMemory
 from server.journal import Entry, Journal
+from server.late import UnderWay
 from server.meeting import meet
 from server.past import Asked, asks_in, is_over, started_in
 from server.post import Post
 from server.records import RoundRecord, Watcher
 from server.resuming import require_resumable
 from server.roll import Roll, clients_in
-from server.round import Federation
 from server.run_folder import RunFolder, holds_run, require_free, writing
 
 Posts = Callable[[str], Post]  # by the run's name
@@ -140,7 +141,10 @@ class _Opening:
     def _federation(self, name: str, roll: Roll) -> Federation:
         job, strategy, plan = self._job, self._strategy, self._plan
         wire = ServerEnd(job.make_wire(), strategy, payload_of(plan.adapter))
-        return Federation(job, strategy, plan, self._grid, roll, self._watcher, wire, self._journal, name, roll.post)
+        return Federation(
+            *(job, strategy, plan, self._grid, roll, self._watcher, wire, self._journal, name, roll.post),
+            under_way=UnderWay(job.wire.versions),
+        )
 
     def _met(self, name: str) -> Roll:
         job, plan, post = self._job, self._plan, self._post_of(name)

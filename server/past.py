@@ -58,5 +58,11 @@ def is_over(entries: Iterable[Entry]) -> bool:
     return bool(last) and last[-1] == "ended"
 
 
+def cohort_in(entries: Iterable[Entry], number: int) -> list[str]:
+    """Of a round that has begun before; empty where it has not."""
+    found = [entry["cohort"] for entry in entries if entry.what == "round" and entry["number"] == number]
+    return list(found[-1]) if found else []
+
+
 def started_in(entries: Iterable[Entry]) -> Entry | None:
     return next((entry for entry in reversed(list(entries)) if entry.what == "started"), None)

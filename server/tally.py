@@ -43,6 +43,14 @@ class Tally:
         larger = plain_bytes(envelope, payload) - envelope.size()
         self.clients[client] = replace(record, plain_up=record.plain_up + larger)
 
+    def joins(self, client: str) -> None:
+        """One that was not asked in this round, and whose late answer counts in it."""
+        self.clients = dict(sorted({client: ClientRecord(), **self.clients}.items()))
+
+    def again(self, client: str) -> None:
+        """It has failed, and is asked once more."""
+        self.clients[client] = replace(self.clients[client], failed=None)
+
     def failed(self, client: str, reason: str) -> None:
         self.clients[client] = replace(self.clients[client], failed=one_line(reason, LONGEST_REASON))
 
@@ -59,6 +67,11 @@ class Tally:
         if answer.metrics:
             self.evaluated[client] = answer.metrics
             self.clients[client] = replace(self.clients[client], loss=answer.metrics.get("loss"))
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Of those who have failed."""
+        return {client: record.failed for client, record in self.clients.items() if record.failed}
 
     def figures(self) -> dict[str, float]:
         """The clients' held-out figures in one, weighted by the predictions that each made; `loss` among them."""

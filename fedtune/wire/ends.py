@@ -114,13 +114,14 @@ class ServerEnd:
 
     def arrived(self, client: str, envelope: Envelope | None, pending: Pending | None = None) -> bool:
         """What a client's reply tells of what it has; whether it wants everything."""
-        since, held = (pending.since, pending.held) if pending else self._coming.pop(client, (START, None))
-        if envelope is None or "failed" in envelope.header:
+        since, held = (pending.since, pending.held) if pending else self._coming.get(client, (START, None))
+        if envelope is None or "failed" in envelope.header:  # it may be asked the same again, until the ask is settled
             self._versions.forget(client)
-        elif held is not None:
+            return envelope is not None and since != START and envelope.header.get(RESEND) is True
+        self._coming.pop(client, None)
+        if held is not None:
             self._versions.arrived(client, held)
-        failed = envelope is not None and "failed" in envelope.header
-        return failed and since != START and envelope is not None and envelope.header.get(RESEND) is True
+        return False
 
     def settle(self) -> None:
         """All answers to an ask have come; those that did not come are of clients of whom nothing is known."""
