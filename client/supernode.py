@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from client.fleet import lose_no_ask
+from client.pulled import forget_asks_of_ended_runs
 from client.replies import send_whole_replies
 from client.told import Link
 from client.waits import Waits
@@ -117,6 +118,7 @@ def main() -> None:
     loop = importlib.import_module(LOOP)
     shorten_waits(loop)
     send_whole_replies(loop)
+    forget_asks_of_ended_runs(loop)
     lose_no_ask(given.mark)
     if given.link:
         watch(given.link)
