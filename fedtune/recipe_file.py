@@ -25,15 +25,15 @@ from fedtune.folders import replaced
 from fedtune.recipe import READABLE, Part, Recipe
 
 NAME = "recipe.safetensors"
-FORMAT = "fedtune recipe 1"
+FORMAT, ABOUT = "fedtune recipe 2", "fedtune"
 
 
 def write_recipe(folder: Path, recipe: Recipe, provenance: Mapping[str, Any]) -> None:
     """Write `folder` as a whole: a crash leaves the old one or none. Of `provenance`, `lr` is needed to compute the model."""
     tensors, kinds = _tensors(recipe)
-    metadata = {"format": FORMAT, "by_rate": json.dumps(recipe.by_rate), "kinds": json.dumps(kinds)}
+    about = json.dumps({"format": FORMAT, "by_rate": recipe.by_rate, "kinds": kinds})
     with replaced(folder) as new:
-        (new / NAME).write_bytes(save(tensors, metadata=metadata))
+        (new / NAME).write_bytes(save(tensors, metadata={ABOUT: about}))  # several keys would come in an order of chance
         (new / "fedtune.json").write_text(json.dumps(dict(provenance), indent=2) + "\n", encoding="utf-8")
 
 
@@ -42,17 +42,22 @@ def read_recipe(folder: Path) -> tuple[Recipe, dict[str, Any]]:
     try:
         with safe_open(folder / NAME, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            metadata = opened.metadata() or {}
+            about = json.loads((opened.metadata() or {}).get(ABOUT, "{}"))
         provenance = json.loads((folder / "fedtune.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:
         raise RunFolderError(f"{folder} holds no recipe that can be read: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise RunFolderError(f"{folder / NAME} is of format {metadata.get('format')!r}; wanted {FORMAT!r}")
+    if about.get("format") != FORMAT:
+        raise RunFolderError(f"{folder / NAME} is of format {about.get('format')!r}; wanted {FORMAT!r}")
     try:
-        parts = tuple(_parts(tensors, json.loads(metadata["kinds"]), folder))
-        return Recipe(parts, json.loads(metadata["by_rate"])), provenance
+        return Recipe(tuple(_parts(tensors, about["kinds"], folder)), _flag(about["by_rate"])), provenance
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise RunFolderError(f"{folder / NAME} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is neither true nor false")
+    return value
 
 
 def _tensors(recipe: Recipe) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:

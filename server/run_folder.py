@@ -45,6 +45,7 @@ from server.journal import Journal
 from server.records import Comparison, RoundRecord
 
 JOURNAL, METRICS = "journal.jsonl", "metrics.jsonl"
+BEGUN = ".job.toml.writing"  # all that a coordinator leaves which was killed before its run began
 KINDS = {Adapter: "adapter", Recipe: "recipe", ChangedWeights: "weights"}
 
 
@@ -202,7 +203,7 @@ def require_free(path: Path) -> None:
     """Raises RunFolderError where the folder holds a run, or anything else."""
     if holds_run(path):
         raise RunFolderError(f"{path} already holds a run; go on with it: --resume, or name another folder: --out {path}-2")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(found.name != BEGUN for found in path.iterdir())):
         raise RunFolderError(f"{path} exists and is no empty folder; name another: --out {path}-2")
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from fedtune.directions import Directions
 from fedtune.errors import RunFolderError
 from fedtune.recipe import READABLE, Recipe, readable
-from fedtune.recipe_file import NAME, read_recipe, write_recipe
+from fedtune.recipe_file import ABOUT, NAME, read_recipe, write_recipe
 
 numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
 directions = st.builds(
@@ -99,10 +99,10 @@ def test_what_is_no_recipe_is_said(damage: str, tmp_path: Path) -> None:
     if damage == "half":
         file.write_bytes(file.read_bytes()[:40])
     if damage == "other":
-        file.write_bytes(file.read_bytes().replace(b"fedtune recipe 1", b"fedtune recipe 9"))
+        file.write_bytes(file.read_bytes().replace(b"fedtune recipe 2", b"fedtune recipe 9"))
     if damage == "provenance":
         (tmp_path / "recipe" / "fedtune.json").write_text("{", encoding="utf-8")
-    wanted = "is of format 'fedtune recipe 9'; wanted 'fedtune recipe 1'" if damage == "other" else "no recipe that can be read"
+    wanted = "is of format 'fedtune recipe 9'; wanted 'fedtune recipe 2'" if damage == "other" else "no recipe that can be read"
     with pytest.raises(RunFolderError, match=wanted):
         read_recipe(tmp_path / "recipe")
 
@@ -110,9 +110,9 @@ def test_what_is_no_recipe_is_said(damage: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        {"kinds": "[{}]"},
-        {"kinds": "{"},
-        {"by_rate": ""},
+        {"kinds": [{}]},
+        {"kinds": 5},
+        {"by_rate": None},
         {"order": torch.tensor([5])},
         {"order": torch.tensor([0, 0])},
         {"0.seeds": torch.tensor([7])},
@@ -122,9 +122,10 @@ def test_what_is_no_recipe_is_said(damage: str, tmp_path: Path) -> None:
 def test_a_recipe_whose_parts_do_not_fit_is_said(damage: dict[str, Any], tmp_path: Path) -> None:
     write_recipe(tmp_path, Recipe((Directions(5).sum({7: 0.5, 9: -1.0}),)), {})
     with safe_open(tmp_path / NAME, framework="pt") as opened:
-        tensors, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
-    told = {name: value for name, value in damage.items() if isinstance(value, str)}
-    (tmp_path / NAME).write_bytes(save(tensors | {k: v for k, v in damage.items() if k not in told}, metadata | told))
+        tensors, about = {name: opened.get_tensor(name) for name in opened.keys()}, json.loads(opened.metadata()[ABOUT])  # noqa: SIM118
+    odd = {name: value for name, value in damage.items() if isinstance(value, Tensor)}
+    told = {**about, **{name: value for name, value in damage.items() if name not in odd}}
+    (tmp_path / NAME).write_bytes(save(tensors | odd, {ABOUT: json.dumps(told)}))
     with pytest.raises(RunFolderError, match="is damaged: "):
         read_recipe(tmp_path)
 
@@ -148,6 +149,7 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
         assert opened.get_tensor("0.seeds").tolist() == [7, 9]
         assert opened.get_tensor("0.coefficients").tolist() == [0.5, -1.0]
         settings = {"key": 5, "kind": "rademacher", "density": 1.0, "blocks": 0, "modules": [], "spread": "positions"}
-        assert json.loads(opened.metadata()["kinds"]) == [
-            {"class": "Combination", "settings": settings, "vectors": ["coefficients", "seeds"]}
-        ]
+        kinds = [{"class": "Combination", "settings": settings, "vectors": ["coefficients", "seeds"]}]
+        about = {"format": "fedtune recipe 2", "by_rate": True, "kinds": kinds}
+        assert list(opened.metadata()) == ["fedtune"]
+        assert json.loads(opened.metadata()["fedtune"]) == about
