@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -31,6 +31,7 @@ LOST = (  # the connection, or a process that was killed, is to blame, and not t
     ErrorCode.CLIENT_APP_CRASHED,
 )
 MOST_TIMES = 5  # that a node is asked the same
+RETURN = 60.0  # seconds in which a node that has gone away is waited for: time enough to start a killed process again
 OVERDUE, SLOWER = 30.0, 4.0  # seconds without an answer, and times the slowest so far, after which a node is asked again
 UNKNOWN = 1 / 8  # of the timeout, while no answer has come yet
 
@@ -67,17 +68,19 @@ def exchange(
     sent: Callable[[int, Envelope], None] = lambda node, ask: None,
     enough: int = 0,
     beside: Beside = ALONE,
+    gone: MutableMapping[int, float] | None = None,
 ) -> Iterator[Reply]:
     """One reply for each node that was asked, in the order in which they come; at the deadline, the missing ones.
 
-    A node whose connection is lost is asked again when it is back, as long as others are still at work, or fewer than
-    `enough` have answered; and one whose answer is overdue, should an ask be lost that nobody saw: a client gives the answer
-    that it has. `sent` is told of every message as it goes out.
+    A node whose connection is lost is asked again when it is back: it is waited for as long as others are still at work, or
+    fewer than `enough` have answered, or it has not been gone for long. `gone` says since when, from ask to ask; without it,
+    that is no reason to wait. Asked again is also one whose answer is overdue, should an ask be lost that nobody saw: a client
+    gives the answer that it has. `sent` is told of every message as it goes out.
     """
     deadline, wait, answers = time.monotonic() + timeout, SHORTEST_WAIT, 0
-    open_asks = Asks(grid, post, beside.before, beside.lasts)
+    open_asks = Asks(grid, post, beside.before, beside.lasts, gone)
     open_asks.add(asks, timeout, sent)
-    while not beside.over() and (open_asks.waiting or (open_asks.away and answers < enough)):
+    while not beside.over() and (open_asks.waiting or (open_asks.away and answers < enough) or open_asks.may_return()):
         messages = open_asks.pull()
         for message in messages:  # all, also beyond what is enough: they are nowhere else any more
             if reply := open_asks.reply(message):
@@ -101,8 +104,15 @@ def exchange(
 class Asks:
     """Messages under way, and nodes that could not be reached. A node has one ask at a time."""
 
-    def __init__(self, grid: Grid, post: Post, before: Mapping[str, int] = MappingProxyType({}), lasts: float = 0.0) -> None:
-        self._grid, self._post, self._before, self._lasts = grid, post, dict(before), lasts
+    def __init__(
+        self,
+        grid: Grid,
+        post: Post,
+        before: Mapping[str, int] = MappingProxyType({}),
+        lasts: float = 0.0,
+        gone: MutableMapping[int, float] | None = None,
+    ) -> None:
+        self._grid, self._post, self._before, self._lasts, self._gone = grid, post, dict(before), lasts, gone
         self.waiting: dict[int, float] = {}  # nodes that are at work -> when they were asked last
         self.away: list[int] = []
         self._asks: dict[int, Envelope] = {}
@@ -146,7 +156,17 @@ class Asks:
                 self._sent[node](node, envelopes[node])
             else:  # the SuperLink does not take it: the node has just been revoked
                 self.waiting.pop(node, None)
-                self.away.append(node)
+                self._leave(node)
+
+    def _leave(self, node: int) -> None:
+        self.away.append(node)
+        if self._gone is not None:
+            self._gone.setdefault(node, time.monotonic())
+
+    def may_return(self) -> bool:
+        """Whether one has gone away a short time ago."""
+        gone = self._gone or {}
+        return any(time.monotonic() - gone.get(node, -RETURN) < RETURN for node in self.away)
 
     def _out(self, node: int) -> Envelope:
         ask, again = self._asks[node], self._times[node] > 0 or node in self._before.values()
@@ -190,6 +210,8 @@ class Asks:
         if message.has_error() and message.error.code in LOST:
             return self._lost(id, node, message)
         asked = self.waiting.pop(node)
+        if self._gone:
+            self._gone.pop(node, None)
         self._nodes = {id: other for id, other in self._nodes.items() if other != node}
         if message.has_error():
             return Reply(node, None, one_line(str(message.error.reason), LONGEST_REASON))
@@ -209,7 +231,7 @@ class Asks:
                 return None
         del self.waiting[node]
         if self._times[node] < MOST_TIMES:
-            self.away.append(node)
+            self._leave(node)
             return None
         return Reply(node, None, one_line(str(message.error.reason), LONGEST_REASON))
 

@@ -33,6 +33,7 @@ class Roll:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.clients, self.nodes = dict(clients), dict(nodes)
+        self.gone: dict[int, float] = {}  # nodes that went away -> when, by the monotonic clock
         self._grid, self._job, self._plan, self.post, self._run = grid, job, plan, post, run
         self._clock, self._asked = clock, dict[int, float]()  # when strangers were asked who they are
 

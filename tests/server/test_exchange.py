@@ -16,6 +16,7 @@ from server.exchange import (
     LONGEST_WAIT,
     MOST_TIMES,
     OVERDUE,
+    RETURN,
     SHORTEST_WAIT,
     SLACK,
     SLOWER,
@@ -177,6 +178,23 @@ def test_nobody_waits_for_a_node_that_is_away_unless_too_few_answered(clock: Clo
     grid = PatchyGrid(clock, healed=30.0, others={2: 1.0})
     assert list(exchange(grid, dict.fromkeys([1, 2], ASK), 60.0, enough=2)) == [Reply(2, own(2)), Reply(1, own(1))]
     assert 30.0 <= clock.now <= 30.0 + 2 * LONGEST_WAIT
+
+
+def test_a_node_that_has_just_gone_is_waited_for_and_one_that_is_gone_for_long_is_not(clock: Clock) -> None:
+    """A process that is started again takes a while to come back: the first ask waits until RETURN, the next ones
+    only for what is left of that; who is back begins anew."""
+    gone: dict[int, float] = {}
+    grid = PatchyGrid(clock, healed=2 * RETURN, others={2: 1.0})
+    asks = dict.fromkeys([1, 2], ASK)
+    assert list(exchange(grid, asks, 1000.0, enough=1, gone=gone)) == [Reply(2, own(2)), Reply(1, None, AWAY)]
+    assert RETURN <= clock.now <= RETURN + LONGEST_WAIT
+    assert gone == {1: pytest.approx(0.0, abs=1.0)}
+    clock.now = began = 1.5 * RETURN
+    assert list(exchange(grid, {1: ASK}, 1000.0, gone=gone)) == [Reply(1, None, AWAY)]
+    assert clock.now - began <= LONGEST_WAIT
+    clock.now = 2.5 * RETURN
+    assert list(exchange(grid, {1: ASK}, 1000.0, gone=gone)) == [Reply(1, own(1))]
+    assert gone == {}
 
 
 def test_the_deadline_holds_for_nodes_that_are_away(clock: Clock) -> None:
