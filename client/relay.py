@@ -27,6 +27,7 @@ from client.transport import checked
 from client.unanswered import Left, Unanswered
 from client.waits import Waits
 from fedtune.errors import ClientFailed, FedtuneError, UserError
+from fedtune.logs import about, configure
 from fedtune.messages import from_record
 from fedtune.security.sealing import UNANSWERED
 
@@ -118,7 +119,8 @@ class Relay:
             return  # it was no message of ours, and was answered as such
         failed = plain(answer.get("failed", SEALED_REASON if UNANSWERED in answer else ""))
         what = f"{plain(asked.get('kind'))} {plain(asked.get('ask'))} of run {plain(asked.get('run'))}"
-        log.info("%s: %s", what, f"failed: {failed}" if failed else f"answered in {seconds:.2f} s")
+        with about(run=plain(asked.get("run")), round=plain(asked.get("round"))):
+            log.info("%s: %s", what, f"failed: {failed}" if failed else f"answered in {seconds:.2f} s")
         self._answers.tell(asked, seconds, failed)
 
     def _say(self, trouble: str) -> None:
@@ -129,7 +131,7 @@ class Relay:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    configure("relay")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for each look
     given = _parser().parse_args(arguments)
     try:

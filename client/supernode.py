@@ -26,6 +26,7 @@ from client.pulled import forget_asks_of_ended_runs
 from client.replies import send_whole_replies
 from client.told import Link
 from client.waits import Waits
+from fedtune.logs import configure
 
 log = logging.getLogger("flwr")
 LOOP = "flwr.supernode.start_client_internal"
@@ -108,6 +109,7 @@ def watch(file: Path) -> None:
 
 
 def main() -> None:
+    configure("supernode", format=None)
     parser = argparse.ArgumentParser(prog="python -m client.supernode", add_help=False, allow_abbrev=False)
     parser.add_argument("--link", type=Path)
     parser.add_argument("--mark", type=Path)

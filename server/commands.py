@@ -49,6 +49,9 @@ def server(
         Path | None, typer.Option(help="What its operator gave it as --superexec-auth-secret-file.")
     ] = None,
     resume: Resume = False,
+    health: Annotated[str, typer.Option(help="host:port where gRPC's health service tells how the server is.")] = "",
+    metrics: Annotated[str, typer.Option(help="host:port where Prometheus finds figures, at /metrics.")] = "",
+    metrics_clients: Annotated[bool, typer.Option("--metrics-clients", help="Name clients there.")] = False,
 ) -> None:
     """Run a job with clients on other machines: wait for them, show the rounds, end with the run."""
     from rich.console import Console
@@ -57,6 +60,7 @@ def server(
     from fedtune.signals import stoppable
     from server.attempts import resumable
     from server.guest import Guest
+    from server.outside import told
     from server.settings import checked, checked_guest
     from server.supervisor import Server, serve
 
@@ -68,8 +72,9 @@ def server(
     if said_as_finished(given):
         return
     try:
-        with stoppable(), for_owner_alone():
-            serve(given, Console(), Guest if given.foreign else Server)
+        watched = told(given.folder, given.here, health, metrics, metrics_clients)
+        with stoppable(), for_owner_alone(), watched as looked:
+            serve(given, Console(), Guest if given.foreign else Server, looked)
     except KeyboardInterrupt as stopped:
         typer.echo(f"fedtune: stopped; logs in {given.folder / 'logs'}{resumable(given.run)}", err=True)
         raise typer.Exit(getattr(stopped, "exit_code", 130)) from stopped

@@ -10,7 +10,8 @@ import psutil
 
 from fedtune.errors import FedtuneError, RoundFailed, UserError
 from fedtune.job import Job
-from fedtune.processes import CONTROL, Processes, end, tail
+from fedtune.logs import as_text
+from fedtune.processes import Processes, end, tail
 from fedtune.tending import PREFIX, ending
 from server.attempts import resumable
 from server.flower_control import Control
@@ -95,4 +96,4 @@ class Playing:
         log = self._processes.log(SERVERAPP)
         own = log.stat().st_size - self._written if log.exists() else 0
         lines = tail(log, min(FAR, max(own, 0))).strip().splitlines()
-        return PREFIX.sub("", one_line(CONTROL.sub("", lines[-1]), LONGEST)) if lines else ""
+        return PREFIX.sub("", one_line(as_text(lines[-1]), LONGEST)) if lines else ""

@@ -27,6 +27,7 @@ class ClientRecord:
     transport_up: int = 0
     plain_down: int = 0  # the bytes, were every number sent as it is
     plain_up: int = 0
+    micro_batch: float | None = None  # examples at a time, where memory was too short for as many as the job says
 
 
 @dataclass(frozen=True)

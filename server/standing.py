@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedtune.daemon import OVER, State
+from fedtune.processes import tail
+from server.journal import NAME, entry_of
 from server.report_units import duration, loss, one_line, plural
 
+AT_WORK = ("waiting", "running")
+FAR = 1 << 16  # bytes of the journal in which its last line is looked for
 GONE = "gone"  # ended without a last word: killed, or the machine was
 
 
@@ -19,13 +23,14 @@ GONE = "gone"  # ended without a last word: killed, or the machine was
 class Standing:
     state: State
     last: Mapping[str, Any]  # the last line of `metrics.jsonl`
+    event: Mapping[str, Any] = field(default_factory=dict)  # the last of `journal.jsonl`: what, at, and which
 
     @classmethod
     def read(cls, folder: Path) -> Standing:
         """Raises UserError where nothing was started."""
         state = State.read(folder)
         run = state.run.get("folder")
-        return cls(state, last_line(Path(run) / "metrics.jsonl") if run else {})
+        return cls(state, last_line(Path(run) / "metrics.jsonl"), last_event(Path(run) / NAME)) if run else cls(state, {})
 
     @property
     def phase(self) -> str:
@@ -35,9 +40,22 @@ class Standing:
     def well(self) -> bool:
         return self.state.alive or self.state.phase == "finished"
 
+    @property
+    def ready(self) -> bool:
+        """It is at work, and none of its processes is down."""
+        up = all(process.get("pid") for process in self.state.processes.values())
+        return self.state.alive and self.state.phase in AT_WORK and up
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Clients that did not count in the last round, each with the reason."""
+        clients = self.last.get("clients", {})
+        return {name: str(one["failed"]) for name, one in clients.items() if one.get("failed")}
+
     def as_json(self) -> dict[str, Any]:
         run = {**self.state.run, **({"round": self.last["round"], "loss": self.last["loss"]} if self.last else {})}
-        return {**asdict(self.state), "phase": self.phase, "alive": self.state.alive, "run": run, "clients": self._clients}
+        found = {"phase": self.phase, "alive": self.state.alive, "ready": self.ready, "run": run, "clients": self._clients}
+        return {**asdict(self.state), **found, "refused": self.refused, "journal": dict(self.event)}
 
     @property
     def _clients(self) -> Mapping[str, str]:
@@ -54,7 +72,9 @@ class Standing:
             yield f"  address    {state.address}"
         if state.run:
             yield f"  run        {self._run()}"
-        groups = {"clients": self._clients, "guards": state.guards}
+        if self.event:
+            yield f"  journal    {one_line(event_words(self.event, time.time()), 200)}"
+        groups = {"clients": self._clients, "not counted": self.refused, "guards": state.guards}
         for title, group in groups.items():
             for words, names in by_word(group).items():
                 yield f"  {title:<10} {one_line(words, 200)}: {one_line(', '.join(names), 1000)}"
@@ -82,6 +102,21 @@ def by_word(group: Mapping[str, str]) -> dict[str, list[str]]:
     for name, word in group.items():
         found.setdefault(word, []).append(name)
     return found
+
+
+def last_event(journal: Path) -> dict[str, Any]:
+    """The last whole line, without its lists of clients; nothing where there is none."""
+    entries = (entry_of(f"{line}\n".encode()) for line in reversed(tail(journal, FAR).split("\n")))
+    entry = next((entry for entry in entries if entry is not None), None)
+    if entry is None:
+        return {}
+    return {"what": entry.what, **{name: value for name, value in entry.about.items() if isinstance(value, str | int | float)}}
+
+
+def event_words(event: Mapping[str, Any], now: float) -> str:
+    """Such as `answered 7.0 north, 12 s ago`."""
+    which = " ".join(str(event[name]) for name in ("number", "round", "ask", "client", "reason") if name in event)
+    return f"{event['what']} {which}".strip() + (f", {duration(max(now - event['at'], 0.0))} ago" if "at" in event else "")
 
 
 def last_line(metrics: Path) -> dict[str, Any]:
