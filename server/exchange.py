@@ -156,7 +156,7 @@ class Asks:
                 self._sent[node](node, envelopes[node])
             else:  # the SuperLink does not take it: the node has just been revoked
                 self.waiting.pop(node, None)
-                self._leave(node)
+                self.away.append(node)
 
     def _leave(self, node: int) -> None:
         self.away.append(node)

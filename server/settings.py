@@ -17,6 +17,7 @@ from fedtune.errors import KeysError, ModelError, UserError
 from fedtune.folders import require_folder
 from fedtune.job import Job, load_job
 from fedtune.paths import job_file
+from fedtune.processes import started_in
 from fedtune.security.addresses import Address, address
 from fedtune.security.certificates import certificate_problem
 from fedtune.security.coordinator_keys import CoordinatorKeys
@@ -102,7 +103,8 @@ def checked(
     if insecure or anywhere:
         require_loopback(host, anywhere)
     own = None if insecure or anywhere else checked_keys(keys or folder / "keys", HERE.get(host, host))
-    require_port(host, port)
+    if not started_in(folder):  # the SuperLink that a killed server has left may hold it, and is ended first
+        require_port(host, port)
     require_folder(folder)
     return Settings(checked_job, folder, run, Address(host, port), own, patience, None, resume)
 
