@@ -6,7 +6,6 @@ all if nothing came. After its time a client has one chance: refused once more, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from fedtune.errors import RoundFailed
 from fedtune.job import Job
 from fedtune.job_sections import Gate
+from server.quorum import quorum, wanted
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,10 @@ class Conduct:
 
 def require_enough(job: Job, clients: Collection[str], out: Mapping[str, int], number: int) -> None:
     """Raises RoundFailed where so many sit out that the others are no quorum."""
-    wanted, able = min(job.rounds.clients or len(clients), len(clients)), len(clients) - len(out)
-    quorum = max(1, math.ceil(job.rounds.quorum * wanted))
-    if number and able < quorum:
+    able, needed = len(clients) - len(out), quorum(job, wanted(job, len(clients)))
+    if number and able < needed:
         raise RoundFailed(
-            f"round {number}: {able} of {len(clients)} clients may take part, wanted {quorum} (rounds.quorum); "
+            f"round {number}: {able} of {len(clients)} clients may take part, wanted {needed} (rounds.quorum); "
             f"{'; '.join(told(out))}, as their answers were refused (gate.refusals): the run goes on with --resume "
             "--set gate.sits_out=0"
         )

@@ -79,6 +79,7 @@ def _introduced(reply: Reply, base: str) -> ClientInfo:
     try:
         limits = {str(name): float(value) for name, value in dict(header.get("limits", {})).items()}
         own = str(header["client"]), int(header["examples"]), int(header["rank"]), float(header["scale"])
+        own[0].encode()  # files and seeds are made of it
         info = ClientInfo(*own, limits=limits)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ClientFailed(f"node {reply.node}: its hello cannot be read: {error}") from error

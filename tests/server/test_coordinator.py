@@ -311,6 +311,7 @@ def test_a_cohort_larger_than_all_is_all(play: Play) -> None:
         ({"rank": -8}, "wanted examples and rank of at least 1"),
         ({"scale": math.inf}, "and a scale above 0"),
         ({"rank": None}, "its hello cannot be read"),
+        ({"client": "\ud800"}, "its hello cannot be read"),
         ({"rank": 33}, "its rank is more than 32, which no module of this model can take"),
         ({"rank": 10**400}, "its rank is more than 32"),
         ({"examples": 10**400}, r"more than 1e\+09 examples \(rounds.max_weight\)"),

@@ -21,7 +21,7 @@ from fedtune.strategy import Answers, Ask, ClientInfo, ServerState
 from fedtune.wire import pack_answer, pack_failure, unpack_answer, unpack_ask
 from server import limits
 from server.coordinator import RunResult, run_job
-from server.journal import read
+from server.journal import Journal, read
 from server.run_folder import JOURNAL
 from server.watchers import Quiet
 from simulations.grid import InProcessGrid
@@ -207,6 +207,29 @@ def test_a_run_that_is_taken_up_again_remembers_who_sits_out(play: Play) -> None
     resumed = play(attack, "rounds.count=4", *SITS_OUT, resume=True)
     assert resumed.rounds_of("ann") == [4]
     assert resumed.adapter(4) == whole.adapter(4)
+
+
+@pytest.mark.parametrize("name", ["a weight of 0", "a thousand times as far"])  # refused as it came; when all had come
+def test_a_crash_in_the_round_wipes_no_slate(name: str, play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ann is refused in round 1, which then breaks off: it is not asked again in that round, and sits out the next."""
+    attack, keys = ATTACKS[name][0], ("rounds.count=2", "gate.refusals=1", "gate.sits_out=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "write", _broken_off(Journal.write))
+        with pytest.raises(KeyboardInterrupt):
+            play(attack, *keys)
+    resumed, whole = play(attack, *keys, resume=True), play(attack, *keys, folder="whole")
+    assert resumed.rounds_of("ann") == []
+    assert resumed.adapter(2) == whole.adapter(2)
+    assert resumed.result.records[0].clients["ann"].failed == whole.result.records[0].clients["ann"].failed
+
+
+def _broken_off(write: Callable[..., None]) -> Callable[..., None]:
+    def until_closed(self: Journal, what: str, **about: object) -> None:
+        write(self, what, **about)
+        if what == "closed":
+            raise KeyboardInterrupt
+
+    return until_closed
 
 
 def test_too_few_who_may_take_part_end_the_run_with_the_reason(play: Play) -> None:
