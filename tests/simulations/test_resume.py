@@ -101,14 +101,14 @@ def test_killed_after_every_line_of_the_journal_it_ends_with_the_same_bits(make_
         shutil.rmtree(folder)
 
 
-def test_killed_at_every_second_line_one_run_comes_to_its_end_all_the_same(make_job: MakeJob, tmp_path: Path) -> None:
-    """One folder, as long as it takes: each life gets two lines further than what it has to write to be taken up."""
+def test_killed_again_and_again_one_run_comes_to_its_end_all_the_same(make_job: MakeJob, tmp_path: Path) -> None:
+    """Each life writes six lines; up to four of them say that it was taken up, and what it does again."""
     job = make_job(*SMALL, *SCAFFOLD)
     whole = played(job, tmp_path / "whole")
     lives = 1
-    while killed(lambda: played(job, tmp_path / "run"), 3):
+    while killed(lambda: played(job, tmp_path / "run"), 5):
         lives += 1
-    assert 5 < lives < 40
+    assert 5 < lives < 30
     assert digest(tmp_path / "run") == digest(whole.folder)
 
 
@@ -206,7 +206,7 @@ def test_a_round_that_does_harm_is_rolled_back_for_server_and_clients(
     make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In round 1 all train at a rate that ruins the model. Round 2 starts from what round 1 started from."""
-    job = make_job(*SMALL, *BALANCED)
+    job = make_job(*SMALL, *BALANCED, "rounds.max_rise=0.1")
     peak = Local.peak_lr
     monkeypatch.setattr(Local, "peak_lr", lambda self: 1e3 if self._round == 1 else peak(self))
     result = played(job, tmp_path / "run")
@@ -215,5 +215,5 @@ def test_a_round_that_does_harm_is_rolled_back_for_server_and_clients(
     assert not (tmp_path / "run" / "rounds" / "0001").exists()
     assert second.loss is not None
     assert result.records[0].loss is not None
-    assert second.loss < result.records[0].loss + 0.1
+    assert second.loss < result.records[0].loss + 0.05
     assert [entry["round"] for entry in lines(tmp_path / "run") if entry.what == "rolled_back"] == [1]
