@@ -146,7 +146,7 @@ class Asking:
             self.tally.sent(names[node], envelope, None if again else ask.payload_for(names[node]))
 
         beside, done = self._late.beside(ask, ask_id, names, partial(self._over, ask)), 0
-        for reply in exchange(federation.grid, by_node, timeout, federation.post, sent, enough, beside):
+        for reply in exchange(federation.grid, by_node, timeout, federation.post, sent, enough, beside, federation.roll.gone):
             if reply.to:
                 yield from self._came_late(reply, ask, ask_id, names.values())
                 continue
@@ -210,7 +210,10 @@ class Asking:
     @property
     def _own(self) -> int:
         """Answers that are let in, without those that came late from another round."""
-        return len(self._digests.keys() - self._late.counted)
+        return self._own_of(self._digests)
+
+    def _own_of(self, clients: Collection[str]) -> int:
+        return len(set(clients) - self._late.counted.keys())
 
     def _over(self, ask: Ask) -> bool:
         """Nobody is waited for any more, as enough of those that were asked too many have answered."""

@@ -16,6 +16,7 @@ from fedtune.recipe import Recipe
 from fedtune.seeds import seed_of
 from fedtune.strategy import ClientInfo, ServerState
 from server import quorum
+from server.buffered import BufferedRound
 from server.conduct import require_enough, told
 from server.federation import Federation
 from server.gatekeeper import GateMemory
@@ -129,7 +130,8 @@ def play(run: Opened, stand: Stand) -> Stand:
     due = is_due(job, number)
     federation.wire.known = stand.known
     taking_part = [id for id in federation.clients if id not in out] if due else [client.id for client in cohort]
-    round = Round(federation, run.folder, number, taking_part, stand.past, stand.undone, stand.gate)
+    begun = Round if job.rounds.mode == "synchronous" else BufferedRound
+    round = begun(federation, run.folder, number, taking_part, stand.past, stand.undone, stand.gate)
     run.write("round", number=number, cohort=[client.id for client in cohort] if number else [])
     try:
         state = _trained(run, stand, round, cohort) if number else stand.state
@@ -150,6 +152,8 @@ def _cohort(run: Opened, number: int, out: Collection[str]) -> list[ClientInfo]:
     """As it was drawn before, where the round has begun: who was busy then is noted nowhere else."""
     federation = run.federation
     federation.under_way.begins(number)
+    if federation.job.rounds.mode == "buffered":
+        return [client for id, client in sorted(federation.clients.items()) if id not in out]
     before = cohort_in(federation.journal.entries, number) if federation.job.rounds.late == "next_round" else []
     if before:
         return [federation.clients[client] for client in before]

@@ -11,6 +11,7 @@ from fedtune.base import Blueprint
 from fedtune.job import Job
 from fedtune.strategy import ClientInfo, Strategy
 from fedtune.wire.ends import ServerEnd
+from server.at_work import AtWork
 from server.journal import Journal
 from server.late import UnderWay
 from server.post import OPEN, Post
@@ -29,6 +30,7 @@ class Federation:
     wire: ServerEnd
     journal: Journal
     run: str  # its name in every message, and in no other run's
+    at_work: AtWork
     post: Post = OPEN
     under_way: UnderWay = field(default_factory=UnderWay)
 

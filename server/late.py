@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from fedtune.envelope import Envelope
@@ -48,8 +48,8 @@ class Awaited:
 class UnderWay:
     """Over a whole run: the messages to which an answer may come after their round, of the last `rounds` of them."""
 
-    def __init__(self, rounds: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
-        self._rounds, self._clock = rounds, clock
+    def __init__(self, rounds: int = 1) -> None:
+        self._rounds = rounds
         self._messages: dict[str, Awaited] = {}
 
     def add(self, messages: Mapping[str, Awaited]) -> None:
@@ -57,7 +57,7 @@ class UnderWay:
 
     def begins(self, round: int) -> None:
         """Who has not answered by now is awaited no more."""
-        now, rounds = self._clock(), range(round - self._rounds, round)  # one that is played again asks anew
+        now, rounds = time.monotonic(), range(round - self._rounds, round)  # one that is played again asks anew
         self._messages = {id: one for id, one in self._messages.items() if one.until > now and one.round in rounds}
 
     @property
@@ -111,6 +111,14 @@ def as_answer_to(
     now: Ask, answer: Answer, one: Awaited, client: ClientInfo, wire: ServerEnd, weight: float, header: Mapping[str, object]
 ) -> Envelope:
     """What came, as it would have come had it been asked now: plain, so that it can be read without its own ask."""
-    meant, _ = one.asked
-    moved = wire.rebased(answer, client, meant, replace(now, payload=now.payload_for(client.id), per_client={}))
-    return pack_answer(replace(moved, weight=weight), header)
+    if one.ask is now:
+        return pack_answer(replace(answer, weight=weight), header)
+    sent = replace(now, payload=now.payload_for(client.id), per_client={})
+    moved = wire.rebased(answer, client, one.asked[0], sent)
+    scalars = _scalars(answer.payload.scalars, one.asked[0].payload.scalars, sent.payload.scalars)
+    return pack_answer(replace(moved, payload=replace(moved.payload, scalars=scalars), weight=weight), header)
+
+
+def _scalars(given: Mapping[str, float], was: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
+    """A scale that the client has sent back as it came is the one that is sent now: a mean has moved it by a rounding error."""
+    return {name: now.get(name, value) if was.get(name) == value else value for name, value in given.items()}

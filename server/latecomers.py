@@ -63,7 +63,7 @@ class Latecomers:
             self._drop(one.ask_id, [one.client], f"it was asked anew with {ask_id}")
             return None
         try:
-            envelope = self._counting(reply.envelope, one, ask, ask_id)
+            envelope = self.as_answer(reply.envelope, one, ask, ask_id)
         except ClientFailed as reason:
             self._drop(one.ask_id, [one.client], str(reason))
             return None
@@ -85,7 +85,7 @@ class Latecomers:
             for client in self._tally.able(busy.keys() & self._tally.clients.keys()):
                 self._tally.failed(client, f"late: at work on ask {busy[client]}")
 
-    def _counting(self, envelope: Envelope, one: Awaited, ask: Ask, ask_id: str) -> Envelope:
+    def as_answer(self, envelope: Envelope, one: Awaited, ask: Ask, ask_id: str) -> Envelope:
         """Past the gate, against its own ask; then made into an answer to this one. Raises Refused or ClientFailed."""
         federation, late = self._federation, self._number - one.round
         info, header = federation.clients[one.client], envelope.header

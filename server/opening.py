@@ -19,7 +19,9 @@ from fedtune.strategy import ClientInfo, ServerState, Strategy
 from fedtune.wire.ends import ServerEnd
 from fedtune.wire.versions import Known
 from server import lock
+from server.at_work import AtWork
 from server.checkpoint import Checkpoint
+from server.exchange import Asks
 from server.federation import Federation
 from server.gatekeeper import GateMemory
 from server.journal import Entry, Journal
@@ -31,6 +33,7 @@ from server.records import RoundRecord, Watcher
 from server.resuming import require_resumable
 from server.roll import Roll, clients_in
 from server.run_folder import RunFolder, holds_run, require_free, writing
+from server.summing import require_buffered
 
 Posts = Callable[[str], Post]  # by the run's name
 
@@ -141,16 +144,17 @@ class _Opening:
     def _federation(self, name: str, roll: Roll) -> Federation:
         job, strategy, plan = self._job, self._strategy, self._plan
         wire = ServerEnd(job.make_wire(), strategy, payload_of(plan.adapter))
-        return Federation(
-            *(job, strategy, plan, self._grid, roll, self._watcher, wire, self._journal, name, roll.post),
-            under_way=UnderWay(job.wire.versions),
-        )
+        asked = sum(len(entry["clients"]) for entry in self._journal.entries if entry.what == "asked")
+        at_work, under_way = AtWork(Asks(self._grid, roll.post), asked), UnderWay(job.wire.versions)
+        about = self._journal, name, at_work, roll.post, under_way
+        return Federation(job, strategy, plan, self._grid, roll, self._watcher, wire, *about)
 
     def _met(self, name: str) -> Roll:
         job, plan, post = self._job, self._plan, self._post_of(name)
         clients, nodes = meet(self._grid, job, plan, post, name)
         self._strategy.check(list(clients.values()))
         _require_the_jobs_rank(job, self._strategy, clients)
+        require_buffered(job, self._strategy, plan.adapter, list(clients.values()))
         return Roll(self._grid, job, plan, clients, nodes, post, name)
 
     def _roll(self, name: str, told: Entry) -> Roll:

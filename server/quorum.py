@@ -23,6 +23,11 @@ def asked(job: Job, clients: int) -> int:
     return min(math.ceil(wanted(job, clients) * job.rounds.oversample), clients)
 
 
+def buffered(job: Job, clients: int) -> int:
+    """Answers of a buffered round."""
+    return job.rounds.buffer or max(wanted(job, clients) // 2, 1)
+
+
 def quorum(job: Job, answers: int) -> int:
     """Of so many answers, those without which there is no round."""
     return max(1, math.ceil(job.rounds.quorum * answers))

@@ -80,7 +80,7 @@ class Round(Asking):
             self._refused(client, ask_id, self._spool(ask_id).get(client, self._digests[client]), reason)
             self.tally.failed(client, f"refused: {reason}")
             del weights[client]
-        own, wanted = len(weights.keys() - self._late.counted), self._quorum(ask, len(cohort))
+        own, wanted = self._own_of(weights), self._quorum(ask, len(cohort))
         if own < wanted:
             raise quorum.too_few(self.number, own, len(cohort), wanted, self.tally.reasons)
         self._close(ask_id, weights)

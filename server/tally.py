@@ -56,12 +56,13 @@ class Tally:
 
     def able(self, clients: Iterable[str]) -> list[str]:
         """Those of them that have not failed in this round."""
-        return [client for client in clients if self.clients[client].failed is None]
+        return [client for client in clients if client not in self.clients or self.clients[client].failed is None]
 
     def trained(self, client: str, metrics: Mapping[str, float]) -> None:
         record = self.clients[client]
         examples, loss = metrics.get("examples", 0.0), metrics.get("loss", record.train_loss)
-        self.clients[client] = replace(record, examples=record.examples + examples, train_loss=loss)
+        micro = metrics.get("micro_batch", record.micro_batch)
+        self.clients[client] = replace(record, examples=record.examples + examples, train_loss=loss, micro_batch=micro)
 
     def held_out(self, client: str, answer: Answer) -> None:
         if answer.metrics:
