@@ -24,7 +24,7 @@ from torch import Tensor
 from client.kept import PART, Kept, Makers, answer_file, part_file, sweep
 from client.manifest import NOTHING, Entry, Manifest, key_of
 from fedtune.envelope import Envelope
-from fedtune.errors import ClientFailed, Damaged
+from fedtune.errors import ClientFailed, Damaged, RunFolderError
 from fedtune.memory import Memory, Part
 
 log = logging.getLogger("fedtune.trainer")
@@ -87,7 +87,7 @@ class Memories:
         return Work(client, ask, memory, replace(manifest, memory=files, entries=older))
 
     def commit(self, work: Work, answer: Envelope) -> None:
-        """Raises ClientFailed where there is no room for it."""
+        """Raises ClientFailed where there is no room for it; in a simulation RunFolderError, which ends the run."""
         kept, client = self._kept(work.client), work.client
         if kept is None:
             self._known[client] = Known(work.memory, work.manifest)
@@ -99,6 +99,9 @@ class Memories:
             self._known[client] = Known(work.memory, after)
         except BaseException as error:
             self.reread(client)
+            if isinstance(error, OSError) and self._is_shared:  # no client's trouble: the disk is the run's own
+                where = f"what clients remember cannot be kept in {self._directory}"
+                raise RunFolderError(f"{where} ({error.strerror}): make room there, and go on with --resume") from error
             if isinstance(error, OSError):
                 raise ClientFailed(f"its answer could not be stored ({error.strerror}): make room on its disk") from error
             raise

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -125,6 +126,9 @@ def main() -> None:
     if given.link:
         watch(given.link)
     flower_supernode()
+    log.error("Flower's loop has ended: the SuperNode is started again")
+    logging.shutdown()
+    os._exit(1)  # its other threads would keep the process for ever, and nobody would start another
 
 
 if __name__ == "__main__":

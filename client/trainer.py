@@ -25,7 +25,7 @@ from client.model import ResidentModel
 from client.personal import write_own
 from fedtune.base import Blueprint, blueprint
 from fedtune.envelope import Envelope
-from fedtune.errors import ClientFailed, DataError, FedtuneError, JobError
+from fedtune.errors import ClientFailed, DataError, FedtuneError, JobError, RunFolderError
 from fedtune.job import Clients, Job
 from fedtune.memory import Memory
 from fedtune.payload import Payload, payload_of
@@ -115,6 +115,8 @@ class Trainer:
             return self._answered(envelope, client, header)
         except Outdated as error:
             return outdated(pack_failure(str(error), header))
+        except RunFolderError:
+            raise
         except Exception as error:  # whatever a strategy's half may raise
             return pack_failure(_reason(error), header)
 

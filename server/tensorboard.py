@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -12,6 +14,8 @@ from server.records import Comparison, RoundRecord
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+log = logging.getLogger(__name__)
 
 
 class TensorBoard:
@@ -26,17 +30,22 @@ class TensorBoard:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self._open is not None:
-            self._open.close()
+            with suppress(OSError):
+                self._open.close()
 
     def started(self, job: Job, clients: Mapping[str, int]) -> None: ...
 
     def doing(self, what: str, done: int, total: int) -> None: ...
 
     def round_ended(self, record: RoundRecord) -> None:
-        writer = self._writer()
-        for tag, value in _scalars(record):
-            writer.add_scalar(tag, value, record.round)
-        writer.flush()
+        """On a disk that is full a run has worse troubles than this, and says so itself."""
+        try:
+            writer = self._writer()
+            for tag, value in _scalars(record):
+                writer.add_scalar(tag, value, record.round)
+            writer.flush()
+        except OSError as error:
+            log.warning("round %d is not in %s: %s", record.round, self._folder / "events", error.strerror or error)
 
     def compared(self, comparison: Comparison) -> None: ...
 
