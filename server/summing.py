@@ -8,7 +8,7 @@ from contextlib import suppress
 from fedtune.adapter import Adapter
 from fedtune.errors import FedtuneError, JobError, StrategyError
 from fedtune.job import Job
-from fedtune.payload import Payload, Role
+from fedtune.payload import Payload, Role, joined, payload_of
 from fedtune.registry import known, strategy_from
 from fedtune.strategy import Answer, Answers, Ask, ClientInfo, Strategy
 from server import quorum
@@ -39,7 +39,7 @@ def why_not(strategy: Strategy, adapter: Adapter, clients: Sequence[ClientInfo])
     if why := obstacle(ask, strategy):
         return why
     try:
-        conversation.send(_Echo(ask, clients))
+        conversation.send(_Echo(ask, adapter, clients))
         return "its rounds take several asks"
     except StopIteration as end:
         later = next(strategy.round(end.value, clients))
@@ -58,19 +58,20 @@ def able_in(adapter: Adapter, clients: Sequence[ClientInfo]) -> list[str]:
 
 
 class _Echo(Answers):
-    """As if every client had sent back what it was sent, unseen."""
+    """As if every client had sent back what it was sent, and of what is wanted beside that the adapter's; unseen."""
 
-    def __init__(self, ask: Ask, clients: Sequence[ClientInfo]) -> None:
-        self._ask, self._clients = ask, clients
+    def __init__(self, ask: Ask, adapter: Adapter, clients: Sequence[ClientInfo]) -> None:
+        self._ask, self._adapter, self._clients = ask, adapter, clients
 
     @property
     def weights(self) -> Mapping[str, float]:
         return {client.id: 1 / len(self._clients) for client in self._clients}
 
     def mean(self, roles: Collection[Role] | None = None) -> Payload:
-        sent, wanted = self._ask.payload, set(roles or self._ask.wants or Role)
-        tensors = {name: tensor for name, tensor in sent.tensors.items() if sent.roles[name] in wanted}
-        return Payload(tensors, {name: sent.roles[name] for name in tensors}, sent.scalars)
+        wanted = set(self._ask.wants or Role) & set(roles or Role)
+        both = joined(payload_of(self._adapter), self._ask.payload)
+        tensors = {name: tensor for name, tensor in both.tensors.items() if both.roles[name] in wanted}
+        return Payload(tensors, {name: both.roles[name] for name in tensors}, both.scalars)
 
     @property
     def visible(self) -> bool:
