@@ -13,7 +13,7 @@ READY := $(if $(ACTIVE),,$(VENV)/ready)
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz lint bench bench-deploy stubs
+.PHONY: help demo test fuzz faults lint bench bench-deploy stubs
 
 help:
 	@echo "make <target>, one of:"
@@ -32,6 +32,9 @@ test: $(READY)  ## all tests, and the fuzzer for 20 seconds; some of them: make 
 SECONDS ?= 600
 fuzz: $(READY)  ## bytes from anywhere for the decoders of the wire; for an hour: make fuzz SECONDS=3600
 	$(FUZZ) $(SECONDS)
+
+faults: $(READY)  ## kill, starve and damage runs, a few of each kind; an hour, into docs/reliability.md: make faults FULL=1
+	OMP_NUM_THREADS=1 python -W ignore -m simulations.faults $(if $(FULL),--full --write docs/reliability.md) $(ARGS)
 
 lint: $(READY)  ## format, lint, types, and the direction of the imports; changes nothing
 	ruff format --check .

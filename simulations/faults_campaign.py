@@ -9,12 +9,12 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.journal import Entry
+from server.past import is_over
 from simulations.faults_deployment import SERVER, SUPERVISOR, Deployment, Following
 from simulations.faults_seen import BY_ITSELF, RESUMED, Seen, Whole, begun_again, bits_of, entries_of, lost_in
 
@@ -81,10 +81,12 @@ class Campaign:
     hits: list[Hit] = field(default_factory=list)
     trouble: list[str] = field(default_factory=list)  # why a server ended that was not killed
 
+    def __post_init__(self) -> None:
+        self._begin_anew()
+
     def play(self, run: Path) -> list[Seen]:
         """To the run's end, or until it is given up."""
-        self.hits, self.trouble, self._spared, self._in_a_row, self._round = [], [], set[str](), 0, 0
-        self._killed, self._moved = set[str](), time.monotonic()
+        self._begin_anew()
         self.deployment.begin(run)
         following = Following(run)
         try:
@@ -98,6 +100,10 @@ class Campaign:
         finally:
             self._undo(everything=True)
         return list(self._seen(run))
+
+    def _begin_anew(self) -> None:
+        self.hits, self.trouble = [], []
+        self._spared, self._in_a_row, self._round, self._moved = set[str](), 0, 0, time.monotonic()
 
     def _at(self, entry: Entry) -> None:
         self._round = int(entry["number"]) if entry.what == "round" else self._round
@@ -161,18 +167,20 @@ class Campaign:
                 self._moved = time.monotonic()
 
     def _seen(self, run: Path) -> Iterator[Seen]:
-        """What is of no round in which a fault hit counts for the one before."""
         same, again, lost = bits_of(run) == self.whole.bits, begun_again(entries_of(run)), lost_in(run, self.whole)
-        again, ended = Counter(again), bits_of(run) != "" and len(self.trouble) <= TIMES
+        ended = is_over(entries_of(run)) and len(self.trouble) <= TIMES
         for hit in self.hits:
-            others = [other for other in self.hits if other.round == hit.round]
-            mine = hit is others[0]
+            rounds = [round for round in self.rounds if self._to_blame(round) is hit]
             bits = same and self.rounds.get(hit.round, "") == bits_of_round(run, hit.round)
             ending, well = self._ending(hit, ended)
-            repeated, gone = (again[hit.round], len(lost.get(hit.round, ()))) if mine else (0, 0)
+            repeated, gone = sum(again[round] for round in rounds), sum(len(lost.get(round, ())) for round in rounds)
             yield Seen(
                 hit.fault.words, ending, well, repeated, gone, bits, where=f"{hit.owner} at '{hit.line}', round {hit.round}"
             )
+
+    def _to_blame(self, round: int) -> Hit:
+        """For what became of a round: the first fault in it or after it, or the last of all."""
+        return next((hit for hit in self.hits if hit.round >= round), self.hits[-1])
 
     def _ending(self, hit: Hit, ended: bool) -> tuple[str, bool]:
         if not ended:

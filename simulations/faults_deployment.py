@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -97,12 +98,23 @@ class Deployment:
         """The signal, to that process of server or client. None where it does not run just now."""
         try:
             found = psutil.Process(self._pid(owner, process))
-            if found.status() == psutil.STATUS_ZOMBIE:
+            if not _lives(found):
                 return None
             found.send_signal(number)
         except (psutil.Error, ValueError):
             return None
         return found
+
+    def kill_server(self) -> bool:
+        """All that it has; they are gone when this returns. False where one of them was down."""
+        killed = [self.send(SERVER, process) for process in reversed(OF_SERVER)]
+        while any(process and _lives(process) for process in killed):
+            time.sleep(0.01)
+        return all(killed)
+
+    def answers_of_clients(self) -> list[Path]:
+        """That they keep, to give them again."""
+        return [file for client in self.clients for file in sorted((self.folder / client).rglob("*.answer"))]
 
     def cut(self, client: str) -> bool:
         """Its network, for those who talk."""
@@ -142,6 +154,13 @@ class Deployment:
     def _end_all(self) -> None:
         for own in (SERVER, *self.clients):
             end(started_in(self.folder / own))
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Following:

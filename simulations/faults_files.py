@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from client.kept import HOME
+from client.kept import HOME, SHARED
 from server.run_folder import JOURNAL
 from simulations.engine import MEMORY
 from simulations.faults_kills import Trial
-from simulations.faults_lives import Simulated, killed_at_line
+from simulations.faults_lives import Prepare, Simulated, killed_at_line
+from simulations.faults_seen import Seen
 
 Damage = Callable[[Path, random.Random], None]
+NOWHERE_ELSE = "memory of a client, which nobody else has"
 SLOTS = 3  # moments of the kill, for each file and damage
 
 
@@ -55,16 +58,16 @@ def newest_checkpoint(run: Path) -> list[Path]:
     return sorted(folders[-1].iterdir()) if len(folders) > 1 else []
 
 
-def answers(run: Path) -> list[Path]:
-    """That clients keep."""
-    return sorted((run / MEMORY / HOME).rglob("*.answer"))
+def memories(run: Path) -> list[Path]:
+    """What clients remember: errors of their codec."""
+    return [file for file in sorted((run / MEMORY / HOME).rglob("*")) if file.is_file() and SHARED not in file.parts]
 
 
 FILES: dict[str, tuple[Callable[[Path], list[Path]], Sequence[str]]] = {
     "spooled answer": (spooled, ("answered", "closed", "published")),
     "journal": (journal, ("asked", "answered", "closed", "published", "state")),
     "newest checkpoint": (newest_checkpoint, ("round", "answered", "closed", "published", "state")),
-    "answer that a client keeps": (answers, ("asked", "answered", "closed", "state")),
+    NOWHERE_ELSE: (memories, ("asked", "answered", "closed", "state")),
 }
 
 
@@ -89,4 +92,9 @@ def damaged(simulated: Simulated, what: str, how: str, chance: random.Random) ->
             return bool(found)
 
         where = f"{simulated.name}: killed after line {number}, seed {seed}"
-        yield partial(simulated.seen, f"{what}: {how}", [killed_at_line(number, "after")], where, damage)
+        yield partial(_seen, simulated, what, how, killed_at_line(number, "after"), where, damage)
+
+
+def _seen(simulated: Simulated, what: str, how: str, kill: Prepare, where: str, damage: Callable[[Path], bool]) -> Seen | None:
+    seen = simulated.seen(f"{what}: {how}", [kill], where, damage)
+    return seen and replace(seen, mendable=what != NOWHERE_ELSE)

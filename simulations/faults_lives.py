@@ -49,6 +49,7 @@ def _live(work: Callable[[], object], paper: int) -> None:
     code = 70
     os.dup2(paper, 1)
     os.dup2(paper, 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115 -- whatever they were
     try:
         work()
         code = 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -67,13 +66,13 @@ def made_on(outcome: Outcome) -> str:
 
 def summary(outcome: Outcome) -> str:
     times = sum(seen.times for seen in outcome.all)
-    runs = Counter(seen.same for seen in outcome.all)
+    wrong = sum(seen.wrong for seen in outcome.all)
     lost = sum(seen.lost for seen in outcome.all)
     other = sum(not seen.well for seen in outcome.all)
     deployed = sum(outcome.at.values())
     return (
         f"**{times:,} faults, {deployed} of them a SIGKILL to a process of a deployment. Answers lost: {lost}. "
-        f"Wrong bits: {runs[False]}. Runs that did not end as they should: {other}.**"
+        f"Wrong bits: {wrong}. Runs that did not end as they should: {other}.**"
     )
 
 

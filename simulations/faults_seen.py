@@ -43,10 +43,15 @@ class Seen:
     same: bool | None = None  # the bits; None where they were compared in another row
     times: int = 1
     where: str = ""  # to find it again
+    mendable: bool = True  # or what was damaged is nowhere else, and the bits may be others
+
+    @property
+    def wrong(self) -> bool:
+        return self.same is False and self.mendable
 
     @property
     def faultless(self) -> bool:
-        return self.well and not self.lost and self.same is not False
+        return self.well and not self.lost and not self.wrong
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,8 @@ class Row:
         for seen in self.all:
             endings[seen.ending if seen.well else f"**{seen.ending}**"] += seen.times
         lost, same = sum(seen.lost for seen in self.all), Counter(seen.same for seen in self.all)
-        bits = [f"{same[True]} equal"] * (same[True] > 0) + [f"**{same[False]} differ**"] * (same[False] > 0)
+        others = f"**{same[False]} differ**" if any(seen.wrong for seen in self.all) else f"{same[False]} differ"
+        bits = [f"{same[True]} equal"] * (same[True] > 0) + [others] * (same[False] > 0)
         said = "; ".join(f"{times} {ending}" if len(endings) > 1 else ending for ending, times in endings.items())
         repeated = str(sum(seen.repeated for seen in self.all))
         return [self.fault, str(self.times), said, repeated, f"**{lost}**" if lost else "0", ", ".join(bits) or "as above"]

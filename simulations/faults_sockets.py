@@ -11,8 +11,9 @@ from server.watchers import Quiet
 from simulations.engine import simulate
 from simulations.faults_campaign import Campaign, Fault, Tell, bits_of_round, frozen, kill
 from simulations.faults_deployment import OF_CLIENT, OF_SERVER, SERVER, Deployment
+from simulations.faults_files import flipped, newest_checkpoint
 from simulations.faults_job import Place
-from simulations.faults_seen import Seen, Whole
+from simulations.faults_seen import RESUMED, Seen, Whole
 
 SETTINGS = ("wire.preset=tiny", "rounds.timeout=300")  # clients and coordinator both remember between rounds
 ASKS = tuple(f"{what}, {kind}" for what in ("asked", "answered", "closed") for kind in ("training", "evaluation"))
@@ -36,7 +37,7 @@ def a_few_kills(chance: random.Random) -> list[Fault]:
 
 
 def others(chance: random.Random, times: int) -> list[Fault]:
-    made = [fault for _ in range(times) for fault in (*networks(chance), *clocks(chance), second_server())]
+    made = [fault for _ in range(times) for fault in (*networks(chance), *clocks(chance), *damages(chance), second_server())]
     return chance.sample(made, len(made))
 
 
@@ -80,6 +81,22 @@ def second_server() -> Fault:
 
     ending = "the second was refused (exit code 2), the first ended by itself"
     return Fault("a second `fedtune server` on the same folder", SERVER, "state", refused, ending=ending)
+
+
+def damages(chance: random.Random) -> Iterator[Fault]:
+    """The server goes back a round, and asks for what its clients have answered before."""
+    words = "a machine that hosts the server dies, and its newest checkpoint is damaged"
+    for more in ("", ", and so is every answer that clients keep"):
+
+        def damaged(on: Deployment, owner: str, answers: bool = bool(more)) -> bool:
+            files = newest_checkpoint(on.run)
+            if not files or not on.kill_server():
+                return False
+            for file in [chance.choice(files), *(on.answers_of_clients() if answers else ())]:
+                flipped(file, chance)
+            return True
+
+        yield Fault(words + more, SERVER, chance.choice(ASKS), damaged, ending=RESUMED)
 
 
 class Sockets:
