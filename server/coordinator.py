@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from fedtune import __version__
 from fedtune.errors import Damaged, RoundFailed
 from fedtune.job import Job
+from fedtune.logs import about
 from fedtune.recipe import Recipe
 from fedtune.seeds import seed_of
 from fedtune.strategy import ClientInfo, ServerState
@@ -113,7 +114,8 @@ def _played(run: Opened, stand: Stand) -> Stand:
     repairs = 0
     while True:
         try:
-            return play(run, stand)
+            with about(run=run.federation.run, round=stand.next):
+                return play(run, stand)
         except Damaged as reason:
             run.write("damaged", reason=str(reason))
             if (repairs := repairs + 1) > REPAIRS:
