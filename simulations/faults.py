@@ -126,8 +126,12 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, help="page between whose marks the tables go")
     given, console = parser.parse_args(words), Console()
     torch.set_num_threads(1)
-    with stoppable(), tempfile.TemporaryDirectory(prefix="ft") as folder:
-        outcome = faults(Path(folder), given.only, given.seed, given.full, console)
+    try:
+        with stoppable(), tempfile.TemporaryDirectory(prefix="ft") as folder:
+            outcome = faults(Path(folder), given.only, given.seed, given.full, console)
+    except KeyboardInterrupt as stopped:
+        console.print("stopped; all that was started was ended")
+        return getattr(stopped, "exit_code", 130)
     show(outcome, console)
     if given.write:
         write(given.write, outcome)
