@@ -30,7 +30,7 @@ PAGES = (
         f"docs/{name}.md"
         for name in (
             *("architecture", "decisions", "job", "compression", "choosing-a-strategy", "seeds", "selective-layers"),
-            *("deploy", "security"),
+            *("deploy", "security", "rounds", "reliability"),
         )
     ),
 )
