@@ -76,7 +76,7 @@ class Latecomers:
 
     def counts(self, client: str, line: Line) -> None:
         self.counted[client] = line
-        self.notes.append(f"late: {client} answered ask {line['ask']}, and counts {line['rounds']} rounds later")
+        self.notes.append(f"late: {client} answered ask {line['ask']}, which counts with staleness {line['rounds']}")
 
     def excuse(self) -> None:
         """Who is at work on an ask of before is not asked to evaluate; unless all are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,7 @@ from fedtune.errors import RoundFailed
 from fedtune.job import Job
 from server.records import Watcher
 
+log = logging.getLogger("fedtune.serverapp")
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 60.0  # seconds before who failed is asked again; it doubles
 
 
@@ -46,7 +48,8 @@ def too_few(round: int, answered: int, asked: int, wanted: int, reasons: Mapping
 
 
 def pause(seconds: float, reason: str, watcher: Watcher, answered: int, wanted: int, write: Callable[..., None]) -> None:
-    """Nobody waits in silence: the journal and the watcher are told first."""
+    """Nobody waits in silence: the journal, the log and the watcher are told first."""
     write("waiting", reason=reason, seconds=seconds, answered=answered, wanted=wanted)
+    log.warning("%d of %d answers came; who is missing is asked again in %g s: %s", answered, wanted, seconds, reason)
     watcher.doing("waiting for a quorum", answered, wanted)
     time.sleep(seconds)

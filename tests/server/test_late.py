@@ -120,7 +120,7 @@ def test_a_late_answer_counts_in_the_next_round_with_a_smaller_weight(make_job: 
     assert (line["ask"], line["client"], line["counts_in"]) == ("1.0", "bob", "2.0")
     assert [ask for client, ask in clients.asked if client == "bob"] == ["1.0", "3.0"]  # in round 2 it was busy
     assert result.records[1].clients["bob"].failed is None
-    assert result.records[1].notes == ("late: bob answered ask 1.0, and counts 1 rounds later",)
+    assert result.records[1].notes == ("late: bob answered ask 1.0, which counts with staleness 1",)
     assert result.records[1].clients["bob"].bytes_up > 0
 
 
