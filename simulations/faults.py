@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -123,12 +124,13 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="all of it; a few of each kind otherwise")
     parser.add_argument("--seed", type=int, default=0, help="what is done, and when")
     parser.add_argument("--only", nargs="+", choices=TITLES, default=list(TITLES), help="these kinds alone")
+    parser.add_argument("--keep", type=Path, help="new folder in which all runs are kept, to look at them")
     parser.add_argument("--write", type=Path, help="page between whose marks the tables go")
     given, console = parser.parse_args(words), Console()
     torch.set_num_threads(1)
     try:
-        with stoppable(), tempfile.TemporaryDirectory(prefix="ft") as folder:
-            outcome = faults(Path(folder), given.only, given.seed, given.full, console)
+        with stoppable(), _folder(given.keep) as folder:
+            outcome = faults(folder, given.only, given.seed, given.full, console)
     except KeyboardInterrupt as stopped:
         console.print("stopped; all that was started was ended")
         return getattr(stopped, "exit_code", 130)
@@ -136,6 +138,16 @@ def main(words: Sequence[str] | None = None) -> int:
     if given.write:
         write(given.write, outcome)
     return 0 if outcome.faultless else 1
+
+
+@contextmanager
+def _folder(kept: Path | None) -> Iterator[Path]:
+    if kept is not None:
+        kept.mkdir(parents=True)
+        yield kept
+        return
+    with tempfile.TemporaryDirectory(prefix="ft") as folder:
+        yield Path(folder)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,17 @@ fault of its own to its next answer, the server to the end of the next ask: othe
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.journal import Entry
 from server.past import is_over
+from server.run_folder import RunFolder
 from simulations.faults_deployment import SERVER, SUPERVISOR, Deployment, Following
 from simulations.faults_seen import BY_ITSELF, RESUMED, Seen, Whole, begun_again, bits_of, entries_of, lost_in
 
@@ -167,16 +169,31 @@ class Campaign:
                 self._moved = time.monotonic()
 
     def _seen(self, run: Path) -> Iterator[Seen]:
-        same, again, lost = bits_of(run) == self.whole.bits, begun_again(entries_of(run)), lost_in(run, self.whole)
+        again, lost = begun_again(entries_of(run)), lost_in(run, self.whole)
+        other = self._first_other(run)
         ended = is_over(entries_of(run)) and len(self.trouble) <= TIMES
+        self._tell_what_differs(run, lost, other)
         for hit in self.hits:
             rounds = [round for round in self.rounds if self._to_blame(round) is hit]
-            bits = same and self.rounds.get(hit.round, "") == bits_of_round(run, hit.round)
+            bits = False if other in rounds else True if hit.round < other else None
             ending, well = self._ending(hit, ended)
             repeated, gone = sum(again[round] for round in rounds), sum(len(lost.get(round, ())) for round in rounds)
             yield Seen(
                 hit.fault.words, ending, well, repeated, gone, bits, where=f"{hit.owner} at '{hit.line}', round {hit.round}"
             )
+
+    def _first_other(self, run: Path) -> float:
+        """The first round whose bits are others; then those after it are, too, whatever was done to them."""
+        other = [round for round, bits in self.rounds.items() if bits != bits_of_round(run, round)]
+        last = [] if bits_of(run) == self.whole.bits else [max(self.rounds)]
+        return min([*other, *last], default=math.inf)
+
+    def _tell_what_differs(self, run: Path, lost: Mapping[int, Collection[str]], other: float) -> None:
+        if other < math.inf:
+            self.tell(f"other bits from round {other} on")
+        for record in RunFolder(run).records():
+            for client in lost.get(record.round, ()):
+                self.tell(f"lost in round {record.round}: {client}: {record.clients[client].failed}")
 
     def _to_blame(self, round: int) -> Hit:
         """For what became of a round: the first fault in it or after it, or the last of all."""

@@ -40,7 +40,7 @@ class Seen:
     well: bool
     repeated: int = 0  # rounds that were begun again
     lost: int = 0  # answers
-    same: bool | None = None  # the bits; None where they were compared in another row
+    same: bool | None = None  # the bits; None where those of an earlier round were others already
     times: int = 1
     where: str = ""  # to find it again
     mendable: bool = True  # or what was damaged is nowhere else, and the bits may be others
@@ -75,10 +75,11 @@ class Row:
             endings[seen.ending if seen.well else f"**{seen.ending}**"] += seen.times
         lost, same = sum(seen.lost for seen in self.all), Counter(seen.same for seen in self.all)
         others = f"**{same[False]} differ**" if any(seen.wrong for seen in self.all) else f"{same[False]} differ"
+        unknown = [f"{same[None]} not known"] * (same[None] > 0)
         bits = [f"{same[True]} equal"] * (same[True] > 0) + [others] * (same[False] > 0)
         said = "; ".join(f"{times} {ending}" if len(endings) > 1 else ending for ending, times in endings.items())
         repeated = str(sum(seen.repeated for seen in self.all))
-        return [self.fault, str(self.times), said, repeated, f"**{lost}**" if lost else "0", ", ".join(bits) or "as above"]
+        return [self.fault, str(self.times), said, repeated, f"**{lost}**" if lost else "0", ", ".join([*bits, *unknown])]
 
 
 def rows(all_seen: Iterable[Seen]) -> list[Row]:
