@@ -21,9 +21,10 @@ from server.federation import Federation
 from server.gatekeeper import Gatekeeper, GateMemory
 from server.latecomers import Latecomers, LateRefused
 from server.past import NOTHING, Asked
-from server.run_folder import RunFolder, writing
+from server.report_units import one_line
+from server.run_folder import RunFolder
 from server.spool import Spool
-from server.tally import Tally
+from server.tally import LONGEST_REASON, Tally
 
 NOTHING_ASKED_BEFORE: Mapping[str, Asked] = MappingProxyType({})
 FIRST = GateMemory()
@@ -51,12 +52,12 @@ class Asking:
         self._digests: dict[str, str] = {}  # and of what lies in its spool
         self.gate = Gatekeeper(federation.job, federation.strategy, federation.plan, gate, run.quarantine)
         self._late = Latecomers(federation, number, self.tally, run.quarantine)
-        self._whole = set[str]()  # clients that were sent everything, as they had another version than was thought
+        self._whole = set[str]()  # clients that were sent all of the open ask, as they had another version than was thought
 
     def _replies(self, clients: Sequence[str], ask: Ask, ask_id: str) -> Iterator[tuple[str, Envelope]]:
         """Clients whose version of the broadcast is not the one that was taken for theirs are asked again, with everything."""
         wire, past = self._federation.wire, self._past_of(ask_id)
-        for client in [client for client, line in past.answered.items() if line.get("whole")]:
+        for client in [client for client, line in {**past.answered, **past.failed}.items() if line.get("whole")]:
             wire.forget(client)
         packed = self._packed(clients, ask, ask_id)
         came = yield from self._before(packed, ask, ask_id)
@@ -187,14 +188,13 @@ class Asking:
         self.tally.failed(client, reason)
         self.diverged |= {client} if diverged else set()
         told = {"reason": self.tally.clients[client].failed, "has": has, "diverged": diverged}
-        told |= {"refused": client in self.gate.refused}
-        with writing(self._run.path):
-            self._federation.journal.write("failed", ask=ask_id, client=client, **told)
+        told |= {"refused": client in self.gate.refused, "whole": client in self._whole}
+        self._federation.journal.write("failed", ask=ask_id, client=client, **told)
 
     def _refused(self, client: str, ask_id: str, envelope: Envelope, reason: str) -> None:
+        reason = one_line(reason, LONGEST_REASON)  # it may hold names that the client made up
         file = self.gate.refuse(client, envelope, self.number, reason)
-        with writing(self._run.path):
-            self._federation.journal.write("refused", ask=ask_id, client=client, reason=reason, file=file)
+        self._federation.journal.write("refused", ask=ask_id, client=client, reason=reason, file=file)
 
     def _past_of(self, ask_id: str) -> Asked:
         return self._past.get(ask_id, NOTHING)

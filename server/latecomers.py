@@ -16,7 +16,8 @@ from server.federation import Federation
 from server.gatekeeper import Gatekeeper, GateMemory
 from server.late import Awaited, as_answer_to, discounted, obstacle
 from server.limits import most_numbers
-from server.tally import Tally
+from server.report_units import one_line
+from server.tally import LONGEST_REASON, Tally
 
 Line = Mapping[str, Any]
 
@@ -122,6 +123,7 @@ class Latecomers:
         )
 
     def _drop(self, ask_id: str, clients: Sequence[str], why: str) -> None:
+        why = one_line(why, LONGEST_REASON)
         for client in sorted(set(clients)):
             self._federation.journal.write("late", ask=ask_id, client=client, dropped=why)
             self.notes.append(f"late: what {client} answers to ask {ask_id} is dropped: {why}")

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from fedtune.errors import RoundFailed
 from fedtune.job import Job
 from server.records import Watcher
+from server.report_units import one_line
+from server.tally import LONGEST_REASON
 
 log = logging.getLogger("fedtune.serverapp")
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 60.0  # seconds before who failed is asked again; it doubles
@@ -48,7 +50,8 @@ def too_few(round: int, answered: int, asked: int, wanted: int, reasons: Mapping
 
 
 def pause(seconds: float, reason: str, watcher: Watcher, answered: int, wanted: int, write: Callable[..., None]) -> None:
-    """Nobody waits in silence: the journal, the log and the watcher are told first."""
+    """Nobody waits in silence: the journal, the log and the watcher are told first; not of each of a thousand clients."""
+    reason = one_line(reason, LONGEST_REASON)
     write("waiting", reason=reason, seconds=seconds, answered=answered, wanted=wanted)
     log.warning("%d of %d answers came; who is missing is asked again in %g s: %s", answered, wanted, seconds, reason)
     watcher.doing("waiting for a quorum", answered, wanted)

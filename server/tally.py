@@ -76,14 +76,12 @@ class Tally:
 
     def figures(self) -> dict[str, float]:
         """The clients' held-out figures in one, weighted by the predictions that each made; `loss` among them."""
-        total = sum(metrics.get("tokens", 0.0) for metrics in self.evaluated.values())
+        told = [self.evaluated[client] for client in sorted(self.evaluated)]  # a sum depends on the order in its last bit
+        total = sum(metrics.get("tokens", 0.0) for metrics in told)
         if not total:
             return {}
-        names = sorted({name for metrics in self.evaluated.values() for name in metrics} - {"tokens", "perplexity"})
-        return {
-            name: sum(metrics.get("tokens", 0.0) * metrics.get(name, 0.0) for metrics in self.evaluated.values()) / total
-            for name in names
-        }
+        names = sorted({name for metrics in told for name in metrics} - {"tokens", "perplexity"})
+        return {name: sum(metrics.get("tokens", 0.0) * metrics.get(name, 0.0) for metrics in told) / total for name in names}
 
     def _add(self, client: str, cost: Mapping[str, int], seconds: float = 0.0) -> None:
         record = self.clients[client]

@@ -252,6 +252,23 @@ def test_who_is_refused_is_not_asked_again_and_where_nobody_else_is_left_the_run
         run_job(job, TimedGrid(clock, Greedy(job, THREE), lambda client, ask: 0.0), tmp_path / "run", Quiet())
 
 
+def test_what_a_client_makes_up_is_not_written_whole_into_the_journal(make_job: MakeJob, tmp_path: Path, clock: Clock) -> None:
+    """bob answers an ask with a name of 100 kB; ann and cy fail with as long a reason."""
+
+    class Verbose(Pulled):
+        def answer(self, ask: Envelope, client: str) -> Envelope:
+            given = super().answer(ask, client)
+            odd = client == "bob" and ask.header["kind"] == "train"
+            return Envelope({**given.header, "ask": "b" * 100_000}, given.tensors) if odd else given
+
+    job = make_job("rounds.count=1", "rounds.without_quorum=wait", NO_EVALUATION)
+    clients = Verbose(job, THREE, failing=lambda client, ask, times: "x" * 100_000 if times < 2 and client != "bob" else "")
+    run_job(job, TimedGrid(clock, clients, lambda client, ask: 0.0), tmp_path / "run", Quiet())
+    assert lines(tmp_path / "run", "refused")
+    assert lines(tmp_path / "run", "waiting")
+    assert max(map(len, (tmp_path / "run" / "journal.jsonl").read_text().splitlines())) < 2_000
+
+
 def test_pauses_grow_to_a_minute() -> None:
     found = pauses()
     assert [next(found) for _ in range(6)] == [5.0, 10.0, 20.0, 40.0, 60.0, 60.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,19 @@ def test_figures_are_means_over_predictions() -> None:
     tally.held_out("cy", Answer())  # it has nothing held out
     assert tally.figures() == pytest.approx({"loss": 2.0, "token_accuracy": 0.4})
     assert [client.loss for client in tally.clients.values()] == [1.0, 5.0, None]
+
+
+def test_figures_do_not_depend_on_the_order_in_which_answers_come() -> None:
+    """0.1 + 0.2 + 0.3 is not 0.3 + 0.2 + 0.1, in its last bit."""
+    losses = {"ann": 0.1, "bob": 0.2, "cy": 0.3}
+    assert (0.1 + 0.2) + 0.3 != (0.3 + 0.2) + 0.1
+    figures = []
+    for names in permutations(losses):
+        tally = Tally(losses)
+        for name in names:
+            tally.held_out(name, Answer(metrics={"loss": losses[name], "tokens": 1.0}))
+        figures.append(tally.figures())
+    assert all(one == figures[0] for one in figures)
 
 
 def test_without_any_held_out_example_there_are_no_figures() -> None:
