@@ -148,4 +148,8 @@ def _digest(ask: Envelope) -> str:
 
 
 def _date(serial: int) -> str:
-    return time.strftime(DATE, time.gmtime(serial / 10**9))
+    """Some serials are no date at all."""
+    try:
+        return time.strftime(DATE, time.gmtime(serial / 10**9))
+    except (OverflowError, OSError, ValueError):
+        return f"no date ({str(serial)[:40]})"

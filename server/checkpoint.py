@@ -25,15 +25,22 @@ from torch import Tensor
 
 from fedtune import durable
 from fedtune.adapter import Adapter, Factors
-from fedtune.errors import Damaged
+from fedtune.errors import MALFORMED, Damaged
 from fedtune.payload import Payload, Role
 from fedtune.strategy import ServerState
 from fedtune.wire.versions import Held, Known
+from server import fields
 from server.records import RoundRecord
 
 KEPT = 2
 FORMAT = 1
 TEXT, TENSORS = "checkpoint.json", "tensors.safetensors"
+COUNTS = fields.each(fields.whole)
+GATE = fields.exactly(conduct=fields.exactly(refused=COUNTS, until=COUNTS), norms=fields.each(fields.some(fields.figure)))
+NOTES = {"undone": fields.some(fields.whole), "gate": GATE}  # where they are there
+STATE = {name: fields.each(fields.figure) for name in ("scalars", "metrics")}
+STATE |= {"selected": fields.each(fields.each(fields.figure))}
+KNOWN = {"since": COUNTS, "asked": fields.whole}
 
 
 @dataclass(frozen=True)
@@ -103,12 +110,24 @@ def read(folder: Path) -> Checkpoint:
             raise Damaged(f"{folder / TEXT} is not what was written")
         text = json.loads(body)
         if text["format"] != FORMAT:
-            raise Damaged(f"{folder} is of format {text['format']}, this version reads {FORMAT}")
+            raise Damaged(f"{folder} is of format {text['format']!r}, this version reads {FORMAT}")
         if _digest(folder / TENSORS) != text["sha256"]:
             raise Damaged(f"{folder / TENSORS} is not what was written")
+        if not _is_sound(text):
+            raise Damaged(f"{folder / TEXT} says what no checkpoint says")
         return _from_json(text, load_file(folder / TENSORS))
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, SafetensorError, *MALFORMED) as error:
         raise Damaged(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _is_sound(text: Mapping[str, Any]) -> bool:
+    """As far as whoever goes on by it takes it for what it should be."""
+    return (
+        fields.holds(text, {"run": fields.text, "round": fields.whole})
+        and fields.holds(text["state"], STATE)
+        and fields.holds(text["known"], KNOWN)
+        and fields.holds(text["notes"], {}, NOTES)
+    )
 
 
 class _Tensors:

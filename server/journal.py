@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune import durable
+from server.journal_lines import fits
 
 NAME = "journal.jsonl"
 CHECK = 9  # the CRC and the space, before the text
@@ -91,14 +92,15 @@ def read(file: Path) -> tuple[list[Entry], int]:
 
 
 def entry_of(line: bytes) -> Entry | None:
-    """None of a line that is not whole."""
+    """None of a line that is not whole, or that nobody could go on by."""
     text = line[CHECK:-1]
     try:
         if not line.endswith(b"\n") or line[:CHECK] != b"%08x " % zlib.crc32(text):
             return None
         about = json.loads(text)
-        return Entry(str(about.pop("what")), about)
-    except (ValueError, AttributeError, LookupError, RecursionError):
+        what = str(about.pop("what"))
+        return Entry(what, about) if fits(what, about) else None
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
         return None
 
 

@@ -67,8 +67,26 @@ class RoundRecord:
 
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> RoundRecord:
+        """Raises ValueError, TypeError, LookupError or AttributeError where it is none."""
         clients = {id: ClientRecord(**client) for id, client in given["clients"].items()}
-        return cls(**{**given, "clients": clients, "notes": tuple(given.get("notes", ()))})
+        record = cls(**{**given, "clients": clients, "notes": tuple(given.get("notes", ()))})
+        if not record._is_sound:
+            raise ValueError("a round came whose figures are no numbers")
+        return record
+
+    @property
+    def _is_sound(self) -> bool:
+        """Whoever reads it adds up, compares, and sorts."""
+        figures = [self.loss, self.seconds, *self.metrics.values(), *self.layer_errors.values()]
+        figures += [share for layers in self.selected.values() for share in layers.values()]
+        told = [vars(client) for client in self.clients.values()]
+        figures += [value for client in told for name, value in client.items() if name != "failed"]
+        words = [*self.notes, *(client["failed"] for client in told if client["failed"] is not None)]
+        return type(self.round) is int and all(map(_is_figure, figures)) and all(isinstance(word, str) for word in words)
+
+
+def _is_figure(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and abs(value) < 2**64) or value != value
 
 
 @dataclass(frozen=True)

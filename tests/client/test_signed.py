@@ -140,6 +140,13 @@ def test_where_nothing_is_kept_the_last_ask_is_an_old_one_too(trainer: Trainer) 
     assert "not newer than the last one" in reason(door.answer(hello()))
 
 
+@pytest.mark.parametrize("serial", [10**30, -(10**30)])
+def test_a_serial_that_is_no_date_is_refused_as_any_other(serial: int, door: Signed, trainer: Trainer) -> None:
+    door.answer(hello())
+    assert reason(door.answer(ask("1.0", serial))).startswith(f"refused an ask: it is of no date ({str(NOW + serial)[:20]}")
+    assert len(trainer.asked) == 1
+
+
 def test_an_old_ask_under_a_new_id_is_refused(door: Signed, trainer: Trainer) -> None:
     door.answer(hello())
     old = ask("1.0", 2)

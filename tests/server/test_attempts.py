@@ -21,7 +21,7 @@ def write(folder: Path, what: str, **about: Any) -> None:
 
 
 def test_five_crashes_without_a_step_forward_are_the_end(tmp_path: Path) -> None:
-    write(tmp_path, "started", run="r", clients=["a"])
+    write(tmp_path, "started", run="r", clients={}, nodes={})
     attempts = Attempts(tmp_path, 2)
     waits = []
     for number in range(4):
@@ -39,7 +39,7 @@ def test_five_crashes_without_a_step_forward_are_the_end(tmp_path: Path) -> None
 def test_after_a_step_forward_they_are_counted_anew(step: str, tmp_path: Path) -> None:
     attempts = Attempts(tmp_path, 99)
     for number in range(12):
-        write(tmp_path, step, ask="1.0", round=number)
+        write(tmp_path, step, ask="1.0", answered=["a"], failed={}, round=number)
         assert [attempts.after(CRASH) for _ in range(2)] == [1, 2]
 
 
@@ -62,7 +62,7 @@ def test_a_journal_that_was_cut_is_no_step_forward(tmp_path: Path) -> None:
 
 def test_where_it_goes_on(tmp_path: Path) -> None:
     assert where(entries_of(tmp_path), 3) == "the run begins again"
-    write(tmp_path, "started", run="r", clients=["a"])
+    write(tmp_path, "started", run="r", clients={}, nodes={})
     assert where(entries_of(tmp_path), 3) == "the run goes on from its first round"
     write(tmp_path, "state", round=2)
     assert Attempts(tmp_path, 3).going_on == "the run goes on from round 3"
@@ -70,7 +70,7 @@ def test_where_it_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_over_goes_on_where_more_rounds_are_wanted(tmp_path: Path) -> None:
-    write(tmp_path, "started", run="r", clients=["a"])
+    write(tmp_path, "started", run="r", clients={}, nodes={})
     write(tmp_path, "state", round=2)
     assert not is_finished(tmp_path, 2)
     write(tmp_path, "ended")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -117,6 +119,30 @@ def test_of_a_damaged_one_nothing_is_believed(file: str, how: str, tmp_path: Pat
     assert last.round == 1
     assert len(told) == 1
     assert "0002" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        (None, "round", "7"),
+        (None, "run", ["r"]),
+        ("state", "scalars", {"s": "1"}),
+        ("known", "since", 3),
+        ("notes", "undone", 3),
+        ("notes", "gate", {"conduct": {"refused": {}, "until": 3}, "norms": {}}),
+        ("record", "round", {}),
+    ],
+)
+def test_one_that_says_what_none_says_is_not_believed(part: str | None, field: str, value: object, tmp_path: Path) -> None:
+    """Its checksum is right: somebody wrote it."""
+    Checkpoints(tmp_path).write(everything(1))
+    file = tmp_path / "0001" / "checkpoint.json"
+    text = json.loads(file.read_text().partition("\n")[2])
+    (text if part is None else text[part])[field] = value
+    body = json.dumps(text)
+    file.write_text(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
+    with pytest.raises(Damaged):
+        read(tmp_path / "0001")
 
 
 def test_another_version_s_is_said_to_be_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,7 +272,7 @@ def test_why_a_run_waits_stands_in_the_state(serve: Callable[..., tuple[Played, 
         if len(seen) == 1:
             write_journal(played, "waiting", reason=f"{said}\x1b[2J")
         elif len(seen) == 2:
-            write_journal(played, "answered", ask="1.0", client="a")
+            write_journal(played, "asked", ask="1.0", clients=["a"])
         return "running" if len(seen) < 3 else "finished:completed"
 
     printed = serve(script)[1]
