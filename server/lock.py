@@ -16,7 +16,12 @@ NAME = "lock"
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Raises RunFolderError where another process has it. The kernel lets go of it when this process ends, however it does."""
-    file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise RunFolderError(
+            f"{folder / NAME} cannot be opened ({error.strerror}): the run must lie where this user may write"
+        ) from error
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
