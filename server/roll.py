@@ -38,7 +38,7 @@ class Roll:
         self._clock, self._asked = clock, dict[int, float]()  # when strangers were asked who they are
 
     def find(self, clients: Iterable[str]) -> None:
-        """Where one of them is not at its node, strangers are asked who they are."""
+        """Where one of them is not at its node, strangers are asked who they are. None takes the place of one who is there."""
         there = set(self._grid.get_node_ids())
         if all(self.nodes.get(client) in there for client in clients):
             return
@@ -47,7 +47,8 @@ class Roll:
         self._asked |= dict.fromkeys(strangers, now)
         if strangers:
             _, found = greet(self._grid, strangers, self._job, self._plan, self.post, self._run, PATIENCE)
-            self.nodes |= {client: node for client, node in found.items() if client in self.clients}
+            lost = {client for client in self.clients if self.nodes.get(client) not in there}
+            self.nodes |= {client: node for client, node in found.items() if client in lost}
 
     def as_json(self) -> dict[str, Any]:
         told = {client: {name: getattr(info, name) for name in OWN} for client, info in self.clients.items()}
