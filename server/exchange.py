@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from types import MappingProxyType
 
 from flwr.app import Message
@@ -81,12 +82,13 @@ def exchange(
     open_asks = Asks(grid, post, beside.before, beside.lasts, gone)
     open_asks.add(asks, timeout, sent)
     while not beside.over() and (open_asks.waiting or (open_asks.away and answers < enough) or open_asks.may_return()):
-        messages = open_asks.pull()
-        for message in messages:  # all, also beyond what is enough: they are nowhere else any more
+        came = False
+        for message in open_asks.pull():  # all, also beyond what is enough: they are nowhere else any more
             if reply := open_asks.reply(message):
                 answers += reply.envelope is not None and not reply.to
+                came = True
                 yield reply
-        if messages:
+        if came:  # a simulation, which works while it is asked, has no deadline; messages of strangers put none off
             wait = SHORTEST_WAIT
         elif time.monotonic() > deadline:
             break
@@ -119,6 +121,7 @@ class Asks:
         self._sent: dict[int, Callable[[int, Envelope], None]] = {}
         self._until: dict[int, float] = {}  # node -> its deadline
         self._nodes: dict[str, int] = {}  # message -> node, until the node has answered one of its messages
+        self._messages: dict[int, set[str]] = {}  # and the other way round
         self._times, self._unknown = Counter[int](), 0.0
         self._slowest: float | None = None  # seconds that an answer took
 
@@ -131,13 +134,21 @@ class Asks:
     @property
     def messages(self) -> Mapping[str, int]:
         """To those who are at work -> their nodes."""
-        return {message: node for message, node in self._nodes.items() if node in self.waiting}
+        return dict(self._open())
+
+    def _open(self, but: Collection[int] = ()) -> Iterator[tuple[str, int]]:
+        return ((message, node) for message, node in self._nodes.items() if node in self.waiting and node not in but)
 
     def drop(self, node: int) -> None:
         """Nobody waits for it any more."""
         self.waiting.pop(node, None)
         self.away = [other for other in self.away if other != node]
-        self._nodes = {id: other for id, other in self._nodes.items() if other != node}
+        self._forget(node)
+
+    def _forget(self, node: int) -> None:
+        """Its messages."""
+        for message in self._messages.pop(node, ()):
+            del self._nodes[message]
 
     def expired(self) -> list[int]:
         """Whose deadline is over."""
@@ -153,6 +164,7 @@ class Asks:
             self._times[node] += 1
             if message:
                 self._nodes[message], self.waiting[node] = node, time.monotonic()
+                self._messages.setdefault(node, set()).add(message)
                 self._sent[node](node, envelopes[node])
             else:  # the SuperLink does not take it: the node has just been revoked
                 self.waiting.pop(node, None)
@@ -195,9 +207,11 @@ class Asks:
         return [node for node in nodes if node in connected]
 
     def pull(self, but: Collection[int] = ()) -> list[Message]:
-        """Those of before come first: a simulation answers in this order. Nothing of the nodes `but`."""
-        messages = [*self._before, *(message for message, node in self.messages.items() if node not in but)]
-        return list(patiently(lambda: self._grid.pull_messages(messages))) if messages else []
+        """Those of before come first: a simulation answers in this order, and looks at no more than it answers. Nothing of the
+        nodes `but`."""
+        if not self._before and next(self._open(but), None) is None:
+            return []
+        return list(patiently(lambda: self._grid.pull_messages(chain(self._before, (id for id, _ in self._open(but))))))
 
     def reply(self, message: Message) -> Reply | None:
         """None of a message that nobody waits for, of a node that can be asked again, and of one that has answered another."""
@@ -212,7 +226,7 @@ class Asks:
         asked = self.waiting.pop(node)
         if self._gone:
             self._gone.pop(node, None)
-        self._nodes = {id: other for id, other in self._nodes.items() if other != node}
+        self._forget(node)
         if message.has_error():
             return Reply(node, None, one_line(str(message.error.reason), LONGEST_REASON))
         self._slowest = max(self._slowest or 0.0, time.monotonic() - asked)
@@ -227,7 +241,8 @@ class Asks:
         """A node that was only away may still answer what it had got; of a message that is lost nothing comes any more."""
         if message.error.code != ErrorCode.NODE_UNAVAILABLE:
             del self._nodes[id]
-            if node in self._nodes.values():
+            self._messages[node].remove(id)
+            if self._messages[node]:
                 return None
         del self.waiting[node]
         if self._times[node] < MOST_TIMES:

@@ -399,3 +399,26 @@ def test_an_ask_is_not_delivered_after_its_deadline(clock: Clock) -> None:
     first, second, again = grid.ttls
     assert first == second == 60.0 + SLACK
     assert again == pytest.approx(60.0 - grid.pushed[2][0] + SLACK)
+
+
+def test_messages_that_nobody_waits_for_put_no_deadline_off(clock: Clock) -> None:
+    class Chatty(LossyGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            found = super().pull_messages(message_ids)
+            assert len(self.pulled) < 100
+            return [*found, self._answer("nobody's", to_record(own(1)))]
+
+    assert list(exchange(Chatty(clock, {}, nodes=[1]), {1: ASK}, 5.0)) == [Reply(1, None, "no answer within 5 s")]
+    assert 5.0 < clock.now <= 5.0 + LONGEST_WAIT
+
+
+def test_a_simulation_that_answers_one_at_a_time_has_no_deadline(clock: Clock) -> None:
+    """Each look takes the 4 s that the client works."""
+
+    class Working(LossyGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            self.clock.now += 4.0
+            return super().pull_messages(message_ids)[:1]
+
+    grid = Working(clock, {f"{node}.1": answered(node, 0.0) for node in (1, 2, 3)}, nodes=[1, 2, 3])
+    assert list(exchange(grid, dict.fromkeys([1, 2, 3], ASK), 5.0)) == [Reply(node, own(node)) for node in (1, 2, 3)]
