@@ -137,6 +137,8 @@ class Server:
     def _play(self, clients: list[str]) -> None:
         settings, run = self._settings, self._settings.run
         goes_on = settings.resume and holds_run(run)
+        if settings.resume and not goes_on:
+            self._tell(f"no run in {run}: it begins")
         job = settings.job if goes_on else as_seen_anywhere(settings.job, len(clients))
         about = {"name": job.name, "folder": str(run), "flower": "", "round": 0, "rounds": job.rounds.count}
         self._said.say(phase="running", run=about)

@@ -117,10 +117,13 @@ def simulate(
     folder = out or Path("runs") / checked.name
     if resume and overwrite:
         raise UserError("--resume goes on with the run that is there, --overwrite takes it away: type one of them")
+    from server.run_folder import holds_run
     from server.table import LiveTable
     from server.tensorboard import TensorBoard
     from server.watchers import Several
 
+    if resume and not holds_run(folder):
+        typer.echo(f"no run in {folder}: it begins")
     free = nullcontext() if resume else _free(folder, overwrite)
     with said_when_stopped(partial(_what_is_left, folder)), free, LiveTable(Console()) as table, TensorBoard(folder) as events:
         _run(checked, folder, engine, Several([table, events]), resume)

@@ -111,10 +111,11 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
     monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
 
     def life(
-        script: Callable[[Played], str], beside: Callable[[], object] = lambda: None, **job: object
+        script: Callable[[Played], str], beside: Callable[[], object] = lambda: None, resume: bool = False, **job: object
     ) -> tuple[Played, str, State]:
         given = checked_job({"clients": {"count": 2}, "rounds": {"count": 2}, **job}, "this test")
-        settings = Settings(given, tmp_path, tmp_path / "runs" / "run", Address("127.0.0.1", 8000), None, 5.0)
+        address = Address("127.0.0.1", 8000)
+        settings = Settings(given, tmp_path, tmp_path / "runs" / "run", address, None, 5.0, resume=resume)
         played, paper = Played(tmp_path, script), io.StringIO()
         said = Said(tmp_path, State(role="server"))
         try:
@@ -168,6 +169,12 @@ def test_from_the_first_client_to_the_last_round(serve: Callable[..., tuple[Play
     assert "connected: node-3, node-4" in printed
     assert "round 2/2  loss 2.500" in printed
     assert played.stopped == []
+
+
+def test_it_says_that_a_run_begins_where_none_is_there_to_go_on(
+    serve: Callable[..., tuple[Played, str, State]], tmp_path: Path
+) -> None:
+    assert f"no run in {tmp_path / 'runs' / 'run'}: it begins\n" in serve(lambda played: "finished:completed", resume=True)[1]
 
 
 def test_the_serverapp_is_told_here_and_its_command_line_has_no_secret(serve: Callable[..., tuple[Played, str, State]]) -> None:

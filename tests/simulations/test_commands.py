@@ -218,6 +218,18 @@ def test_ctrl_c_ends_in_one_line_and_keeps_the_rounds(
     read_adapter(tmp_path / "run" / "adapter")
 
 
+def test_a_mistyped_folder_is_noticed_when_a_run_is_to_go_on(
+    fedtune: Callable[..., str], job_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simulations.commands._run", lambda *given: None)
+    monkeypatch.setattr("server.commands.say_where", lambda folder: None)
+    run, begins = tmp_path / "run", f"no run in {tmp_path / 'run'}: it begins\n"
+    assert begins in fedtune("simulate", job_file, "--out", run, "--resume")
+    run.mkdir(exist_ok=True)
+    (run / "job.toml").touch()
+    assert begins not in fedtune("simulate", job_file, "--out", run, "--resume")
+
+
 KILLED = """
 import sys, time
 from pathlib import Path
