@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -18,6 +19,7 @@ from fedtune.errors import MALFORMED, Damaged
 ROUNDS = 2  # whose answers are needed: a coordinator whose last state is damaged repeats one round, and the open one
 MOST, LARGEST = 16, 2**30  # entries, and bytes beyond the newest; the oldest go first
 NOTHING = ("", "")
+NONE = (-1, "")
 SIGNING = ("stamp", "signature")  # in a header, and another each time
 
 
@@ -41,6 +43,7 @@ class Manifest:
     memory: tuple[str, str] = NOTHING
     entries: tuple[Entry, ...] = ()
     sizes: Mapping[str, int] = field(default_factory=dict)  # of files, in bytes
+    purged: tuple[int, str] = NONE  # round and name of the newest ask whose entry had to go, with the memory before it
 
     def files(self) -> Iterator[str]:
         """Each that must be there, once."""
@@ -60,6 +63,11 @@ class Manifest:
         )
         return self.entries[: next(gone, len(self.entries))]
 
+    def lacks(self, ask: str, round: int, undone: Collection[int] = ()) -> bool:
+        """Whether the memory from before this ask is gone: its entry, or a later one, was purged."""
+        gone, name = self.purged
+        return _place(ask, round) <= _place(name, gone) or gone in undone
+
     def bounded(self) -> Manifest:
         """Without the entries that nobody can ask for any more, or for which there is no room."""
         rounds = sorted({entry.round for entry in self.entries})[-ROUNDS:]
@@ -67,7 +75,9 @@ class Manifest:
         spared = {*self.memory, *(_files(entries[-1]) if entries else ())}
         while self._size(entries, spared) > LARGEST:
             del entries[0]
-        kept = replace(self, entries=tuple(entries))
+        gone = [(entry.round, entry.ask) for entry in self.entries if entry not in entries]
+        purged = max([self.purged, *gone], key=lambda one: _place(one[1], one[0]))
+        kept = replace(self, entries=tuple(entries), purged=purged)
         return replace(kept, sizes={file: self.sizes[file] for file in kept.files()})
 
     def _size(self, entries: Sequence[Entry], spared: set[str]) -> int:
@@ -103,13 +113,20 @@ def digest_of(pieces: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
+def _place(ask: str, round: int) -> tuple[int, float]:
+    """Of an ask among those of a run: an evaluation is the last of its round."""
+    step = ask.partition(".")[2]
+    return round, int(step) if step.isdecimal() and len(step) < 10 else math.inf
+
+
 def _files(entry: Entry) -> tuple[str, ...]:
     return tuple(file for file in (*entry.before, entry.answer) if file)
 
 
 def _manifest(stored: Any) -> Manifest:
     entries = tuple(Entry(**{**entry, "before": _pair(entry["before"])}) for entry in stored["entries"])
-    return Manifest(stored["run"], stored["schema"], _pair(stored["memory"]), entries, stored["sizes"])
+    round, ask = stored.get("purged", NONE)
+    return Manifest(stored["run"], stored["schema"], _pair(stored["memory"]), entries, stored["sizes"], (int(round), str(ask)))
 
 
 def _pair(files: Sequence[str]) -> tuple[str, str]:

@@ -22,7 +22,7 @@ from weakref import WeakValueDictionary
 from torch import Tensor
 
 from client.kept import PART, Kept, Makers, answer_file, part_file, sweep
-from client.manifest import NOTHING, Entry, Manifest, key_of
+from client.manifest import NONE, NOTHING, Entry, Manifest, key_of
 from fedtune.envelope import Envelope
 from fedtune.errors import ClientFailed, Damaged, RunFolderError
 from fedtune.memory import Memory, Part
@@ -78,8 +78,12 @@ class Memories:
         known = self._of(client)
         if known.manifest.run not in ("", run):
             return Work(client, ask, Memory(alike=self._alike), Manifest(run))
-        manifest = replace(known.manifest, run=run)
-        older = manifest.until(name, round, ask.header.get("undone", ()))
+        manifest, undone = replace(known.manifest, run=run), ask.header.get("undone", ())
+        if manifest.lacks(name, round, undone):
+            log.warning("ask %s: what this client remembered by then is not kept any more: it goes on without", name)
+            began = replace(manifest, memory=NOTHING, entries=(), purged=NONE)
+            return Work(client, ask, Memory(alike=self._alike), began)
+        older = manifest.until(name, round, undone)
         if older == manifest.entries:
             return Work(client, ask, known.memory.copy(), manifest)
         log.info("ask %s came before, or later ones did: memory goes back to what it was then", name)
@@ -114,7 +118,7 @@ class Memories:
         entry = Entry(key_of(work.ask), str(header.get("ask")), int(header["round"]), before.memory, file)
         memory = part_file(parts[0].name), part_file(parts[1].name)
         schema, entries, sizes = self._schema(work.client), (*before.entries, entry), {**before.sizes, **sizes}
-        return Manifest(before.run, schema, memory, entries, sizes).bounded(), makers
+        return Manifest(before.run, schema, memory, entries, sizes, before.purged).bounded(), makers
 
     def _of(self, client: str) -> Known:
         if client not in self._known:

@@ -1,13 +1,15 @@
 """The trainer's door for asks that came before: what was answered is answered as before, and no work is done for it.
 
 A coordinator that was killed goes on with its run and asks the same again; so does a relay whose trainer was killed. An ask
-over which this process was killed twice, as by the kernel when memory ran out, is not begun a third time.
+over which this process was killed twice, as by the kernel when memory ran out, is not begun a third time; after a restart of
+the machine, or half a day, it is, as that may have been a power cut.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +24,8 @@ from fedtune.errors import MALFORMED, FedtuneError
 log = logging.getLogger("fedtune.trainer")
 BEGUN = "begun.json"  # the ask at work, and how often it was begun; not there when nothing is
 TRIES = 2
+FORGOTTEN = 12 * 3600.0  # seconds after the last of them
+BOOT = Path("/proc/sys/kernel/random/boot_id")  # another after each start of the machine; not there but on Linux
 
 
 class Answers(Protocol):
@@ -72,16 +76,25 @@ class Begun:
         self._file = file
 
     def times(self, key: str) -> int:
-        """That this ask was begun and not ended."""
+        """That this ask was begun and not ended, since the machine started, and not long ago."""
         try:
             stored = json.loads(self._file.read_text(encoding="utf-8"))
-            return int(stored["times"]) if stored["ask"] == key else 0
+            holds = stored["ask"] == key and stored["boot"] == _boot() and 0 <= time.time() - stored["at"] < FORGOTTEN
+            return int(stored["times"]) if holds else 0
         except (OSError, *MALFORMED):
             return 0
 
     def note(self, key: str) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        durable.write(self._file, [json.dumps({"ask": key, "times": self.times(key) + 1}).encode()])
+        about = {"ask": key, "times": self.times(key) + 1, "boot": _boot(), "at": time.time()}
+        durable.write(self._file, [json.dumps(about).encode()])
 
     def clear(self) -> None:
         self._file.unlink(missing_ok=True)
+
+
+def _boot() -> str:
+    try:
+        return BOOT.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeError):
+        return ""

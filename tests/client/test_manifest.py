@@ -58,6 +58,29 @@ def test_the_last_two_rounds_stay() -> None:
     assert "memory 0" not in kept.sizes
 
 
+@pytest.mark.parametrize(
+    ("ask", "round", "undone", "lacks"),
+    [
+        ("4.evaluate", 4, (), False),
+        ("4.1", 4, (), False),
+        ("4.0", 4, (), False),
+        ("1.1", 1, (), True),  # what was remembered before 1.evaluate is not what was remembered before it
+        ("1.evaluate", 1, (), True),
+        ("0.evaluate", 0, (), True),
+        ("2.0", 2, (), False),
+        ("5.0", 5, (1,), True),
+        ("5.0", 5, (4,), False),
+    ],
+)
+def test_the_newest_ask_that_went_is_remembered(ask: str, round: int, undone: tuple[int, ...], lacks: bool) -> None:
+    """Of 1.0, 1.evaluate, 3.0, 4.0 and 4.1 the last two rounds stay. It comes back from its bytes, and lives through a purge
+    of nothing."""
+    kept = of("1.0", "1.evaluate", "3.0", "4.0", "4.1").bounded().bounded()
+    assert kept.purged == (1, "1.evaluate")
+    assert Manifest.from_bytes(kept.as_bytes()).lacks(ask, round, undone) is lacks
+    assert not of("1.0", "4.0").bounded().lacks("1.0", 1)
+
+
 def test_there_are_never_more_than_so_many() -> None:
     asks = [f"1.{step}" for step in range(MOST + 3)]
     assert names(of(*asks).bounded().entries) == asks[3:]

@@ -170,25 +170,55 @@ def test_a_memory_that_was_damaged_is_whole_when_it_is_made_again(tmp_path: Path
     assert past(memories(tmp_path).of("ann")) == [7]
 
 
+@pytest.mark.parametrize("back", ["1.0", "2.0"])
+def test_where_the_memory_of_then_is_kept_no_more_it_begins_with_none(
+    back: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last two rounds are kept, 3 and 4. What was remembered before 3.0 holds round 2, so it is not that before 2.0."""
+    known = memories(tmp_path)
+    for round in (1, 2, 3, 4):
+        answered(known, ask(f"{round}.0", round))
+    assert answered(known, ask("3.0", 7)) == [1, 2, 7]
+    assert not caplog.records
+    assert answered(memories(tmp_path), ask(back, 8)) == [8]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert answered(memories(tmp_path), ask("3.0", 9)) == [8, 9]
+    assert answered(memories(tmp_path), ask(back, 6)) == [6]  # and this one is known again
+
+
 # Sequences of asks, with failures and restarts among them, against a memory that is a list.
 
 
 @dataclass
 class Model:
-    """What must be remembered: of each entry its name, its round, and the past before it."""
+    """What must be remembered: of each entry its name, its round, and the past before it; and the last name that went. Names
+    are in the order of asks, as steps have one digit."""
 
     past: list[int] = field(default_factory=list)
     entries: list[tuple[str, int, list[int]]] = field(default_factory=list)
+    purged: str = ""
+    answers: bool = True
+    on_disk: tuple[list[int], list[tuple[str, int, list[int]]], str] = ([], [], "")
+
+    def restart(self) -> None:
+        self.past, self.entries, self.purged = self.on_disk
 
     def ask(self, name: str, content: int) -> None:
         round = int(name.partition(".")[0])
+        before = self.entries
+        if name <= self.purged:
+            self.past, self.entries, self.purged = [], [], ""
         gone = [n for n, (other, of, _) in enumerate(self.entries) if other == name or of > round]
         if gone:
             self.past, self.entries = self.entries[gone[0]][2], self.entries[: gone[0]]
-        self.entries.append((name, round, self.past))
+        stored = self.answers or bool(content) or self.entries != before  # else an ask leaves nothing
+        self.entries = [*self.entries, (name, round, self.past)]
         self.past = [*self.past, content] if content else self.past
         rounds = sorted({round for _, round, _ in self.entries})[-2:]
+        self.purged = max([self.purged, *(name for name, round, _ in self.entries if round not in rounds)])
         self.entries = [entry for entry in self.entries if entry[1] in rounds]
+        if stored:
+            self.on_disk = self.past, self.entries, self.purged
 
 
 NAMES = st.sampled_from([f"{round}.{step}" for round in (1, 2, 3) for step in (0, 1)])
@@ -200,7 +230,7 @@ STEPS = st.lists(st.tuples(st.sampled_from(["ask", "ask", "fail", "restart", "da
 @given(steps=STEPS)
 def test_any_sequence_is_remembered_as_by_a_list(answers: bool, steps: list[tuple[str, str, int]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        known, model = memories(Path(folder), answers=answers), Model()
+        known, model = memories(Path(folder), answers=answers), Model(answers=answers)
         for step, name, content in steps:
             if step == "ask":
                 answered(known, ask(name, content))
@@ -209,7 +239,9 @@ def test_any_sequence_is_remembered_as_by_a_list(answers: bool, steps: list[tupl
                 worked(known, ask(name, content))
             else:
                 known = memories(Path(folder), answers=answers)
+                model.restart()
             assert past(known.of("ann")) == model.past
+        model.restart()
         assert past(memories(Path(folder)).of("ann")) == model.past
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
 
 import pytest
 
+from client import remembering
 from client.kept import MANIFEST
 from client.memories import Memories
 from client.remembering import BEGUN, Remembering
@@ -112,6 +114,26 @@ def test_an_ask_over_which_the_trainer_died_twice_is_given_up(trainer: Trainer, 
     assert trainer.asked == 0
     (tmp_path / BEGUN).unlink()
     assert "failed" not in Remembering(trainer, tmp_path, "north", allowed).answer(ask()).header
+
+
+@pytest.mark.parametrize("after", ["a restart of the machine", "half a day", "a clock that was set back", "a minute"])
+def test_an_ask_that_was_given_up_is_tried_again_in_time(
+    after: str, trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed twice, in one life of the machine: a power cut is no fault of the ask's."""
+    (tmp_path / "boot_id").write_text("first\n")
+    monkeypatch.setattr(remembering, "BOOT", tmp_path / "boot_id")
+    for _ in range(2):
+        die(tmp_path, ask())
+    begun = json.loads((tmp_path / BEGUN).read_text())
+    assert begun["times"] == 2
+    if after == "a restart of the machine":
+        (tmp_path / "boot_id").write_text("second\n")
+    else:
+        passed = {"half a day": remembering.FORGOTTEN + 1, "a clock that was set back": -3600.0, "a minute": 60.0}[after]
+        (tmp_path / BEGUN).write_text(json.dumps({**begun, "at": begun["at"] - passed}))
+    answer = Remembering(trainer, tmp_path, "north", allowed).answer(ask())
+    assert ("failed" in answer.header) is (after == "a minute")
 
 
 def test_another_ask_is_none_of_it(trainer: Trainer, tmp_path: Path) -> None:
