@@ -16,7 +16,7 @@ from typing import Protocol
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 
-from client.transport import failure
+from client.transport import failure, unknown_run
 from fedtune import durable
 from fedtune.envelope import Envelope
 from fedtune.errors import Refused, UserError
@@ -65,11 +65,14 @@ class Signed:
     def answer(self, ask: Envelope) -> Envelope:
         try:
             opened, stamp = self._accepted(ask)
+            other = self._of_another_run(opened, stamp)
+            if other is None:
+                self._heard.now(stamp, ask)
         except Refused as reason:
             log.warning("refused an ask: %s", reason)
             return failure(f"refused an ask: {reason}", ask.header)
         stamp = Stamp(stamp.run, stamp.serial, self._keys.name, stamp.seal)
-        given = self._answered(opened)
+        given = other or self._answered(opened)
         named = Envelope({"client": self._keys.name, **given.header}, given.tensors)  # a refusal may not know whose it is
         answer = signed(named, stamp, self._keys.signing, ANSWER)
         return sealed(answer, stamp, self._keys.seal) if stamp.seal else answer
@@ -103,10 +106,15 @@ class Signed:
             raise Refused("policy.end_to_end: given an ask whose answer is not to be sealed; set security.end_to_end = true")
         if stamp.client not in ("", self._keys.name):
             raise Refused(f"it is for client '{stamp.client}', this is '{self._keys.name}'")
-        if opened.header.get("kind") != "hello" and stamp.run != self._heard.run:
-            raise Refused(f"it is for run {stamp.run}, this trainer takes part in {self._heard.run or 'none'}")
-        self._heard.now(stamp, ask)
         return Envelope({**opened.header, "run": stamp.run}, opened.tensors), stamp
+
+    def _of_another_run(self, ask: Envelope, stamp: Stamp) -> Envelope | None:
+        """A failure, which is signed: the coordinator will say hello."""
+        if ask.header.get("kind") == "hello" or stamp.run == self._heard.run:
+            return None
+        reason = f"refused an ask: it is for run {stamp.run}, this trainer takes part in {self._heard.run or 'none'}"
+        log.warning("%s", reason)
+        return unknown_run(reason, ask.header)
 
 
 class Heard:
@@ -118,7 +126,7 @@ class Heard:
             try:
                 stored = json.loads(file.read_text(encoding="utf-8"))
                 self.run, self.serial, self._ask = str(stored["run"]), int(stored["serial"]), str(stored["ask"])
-            except (ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{file} cannot be read ({error}); without it old asks could be played again. Delete it when the "
                     "coordinator has started a new run"
@@ -132,14 +140,17 @@ class Heard:
         )
 
     def now(self, stamp: Stamp, ask: Envelope) -> None:
-        """On disk before anything is done about it."""
+        """On disk before anything is done about it. Raises Refused where it cannot be, and has heard nothing."""
         if (stamp.serial, _digest(ask)) == (self.serial, self._ask):
             return
+        heard = {"run": stamp.run, "serial": stamp.serial, "ask": _digest(ask)}
+        try:
+            if self._file:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                durable.write(self._file, [json.dumps(heard).encode()])
+        except OSError as error:
+            raise Refused(f"nothing can be written on this client's disk ({error.strerror}): make room there") from error
         self.run, self.serial, self._ask = stamp.run, stamp.serial, _digest(ask)
-        if self._file:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            stored = {"run": self.run, "serial": self.serial, "ask": self._ask}
-            durable.write(self._file, [json.dumps(stored).encode()])
 
 
 def _digest(ask: Envelope) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 
 from client import trainer_pb2, trainer_pb2_grpc
-from fedtune.envelope import WIRE_VERSION, Envelope, WireTensor, shallow
+from fedtune.envelope import UNKNOWN_RUN, WIRE_VERSION, Envelope, WireTensor, shallow
 from fedtune.errors import ClientFailed, MalformedMessage, UserError
 
 log = logging.getLogger("fedtune.relay")
@@ -56,6 +56,12 @@ def failure(reason: str, asked: Mapping[str, Any]) -> Envelope:
     """What `fedtune.wire.pack_failure` makes, without torch: the reason, and what tells the coordinator which ask it was."""
     repeated = {key: value for key, value in asked.items() if key not in ONLY_IN_ASKS}
     return Envelope({**repeated, "failed": reason, "version": WIRE_VERSION, "roles": {}, "scalars": {}})
+
+
+def unknown_run(reason: str, asked: Mapping[str, Any]) -> Envelope:
+    """The failure of a client that must hear the job first."""
+    failed = failure(reason, asked)
+    return Envelope({**failed.header, UNKNOWN_RUN: True})
 
 
 def carry(ask: Envelope, socket: Path, patience: float | None = None) -> Envelope:

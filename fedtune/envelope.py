@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from fedtune.errors import MalformedMessage
 
 WIRE_VERSION = 1
+UNKNOWN_RUN = "unknown_run"  # in the header of a failure: the client takes part in another run, or in none, and wants a hello
 DEEPEST = 32  # objects and lists within each other, in a header; a job has fewer than ten
 
 

@@ -20,6 +20,7 @@ from server.exchange import AWAY, TOO_LATE, Reply, exchange
 from server.federation import Federation
 from server.gatekeeper import Gatekeeper, GateMemory
 from server.latecomers import Latecomers, LateRefused
+from server.meeting import wants_hello
 from server.past import NOTHING, Asked
 from server.report_units import one_line
 from server.run_folder import RunFolder
@@ -68,8 +69,8 @@ class Asking:
         wire.settle()
 
     def _tried(self, asks: Mapping[str, Envelope], ask: Ask, ask_id: str, asked: int) -> Iterator[tuple[str, Envelope]]:
-        """Until the deadline."""
-        wire, outdated = self._federation.wire, list[str]()
+        """Until the deadline. Who takes part in another run by now, or has lost the job, is told it, and asked again."""
+        wire, outdated, lost = self._federation.wire, list[str](), dict[str, Envelope]()
         for client in asks if self._over(ask) else ():
             self._fail(client, ask_id, TOO_LATE)
         timeout, began = self._federation.job.rounds.timeout, time.monotonic()
@@ -77,8 +78,13 @@ class Asking:
         for client, envelope in self._exchanged({} if self._over(ask) else asks, ask, ask_id, timeout, enough):
             if client not in self._late.counted and wire.arrived(client, envelope):
                 outdated.append(client)
+            elif envelope is not None and wants_hello(envelope):
+                lost[client] = envelope
             elif envelope is not None:
                 yield client, envelope
+        greeted = self._federation.roll.greet(lost, max(timeout - (time.monotonic() - began), 0.0))
+        yield from ((client, lost[client]) for client in sorted(lost.keys() - set(greeted)))
+        outdated += greeted
         self._whole |= set(outdated)
         again = self._packed(outdated, ask, ask_id)
         left = max(timeout - (time.monotonic() - began), 0.0)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from flwr.serverapp import Grid
 
 from fedtune.base import Blueprint, pinned
+from fedtune.envelope import UNKNOWN_RUN, Envelope
 from fedtune.errors import ClientFailed, RoundFailed
 from fedtune.job import Job
 from fedtune.strategy import Ask, ClientInfo
@@ -64,6 +65,11 @@ def greet(
         else:
             clients[info.id], nodes[info.id] = info, reply.node
     return {id: with_the_job(info, job, plan) for id, info in sorted(clients.items())}, nodes
+
+
+def wants_hello(answer: Envelope) -> bool:
+    """Whether it is the failure of a client that has heard another run since, or nothing."""
+    return "failed" in answer.header and answer.header.get(UNKNOWN_RUN) is True
 
 
 def _introduced(reply: Reply, base: str) -> ClientInfo:

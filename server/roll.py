@@ -50,6 +50,14 @@ class Roll:
             lost = {client for client in self.clients if self.nodes.get(client) not in there}
             self.nodes |= {client: node for client, node in found.items() if client in lost}
 
+    def greet(self, clients: Iterable[str], timeout: float) -> list[str]:
+        """Those of them that said hello from where they are. What they said of themselves when the run began stays."""
+        nodes = {self.nodes[client]: client for client in clients if client in self.nodes}
+        if not nodes:
+            return []
+        _, found = greet(self._grid, nodes, self._job, self._plan, self.post, self._run, timeout)
+        return sorted(client for client, node in found.items() if nodes.get(node) == client)
+
     def as_json(self) -> dict[str, Any]:
         told = {client: {name: getattr(info, name) for name in OWN} for client, info in self.clients.items()}
         return {"clients": told, "nodes": self.nodes}

@@ -379,7 +379,7 @@ def test_rounds_of_a_day_over_restarts(node: MakeNode, make_job: MakeJob, tmp_pa
     job, policy = make_job(), Policy(rounds_per_day=2)
     for round, run in ((1, "a"), (1, "b")):
         bob = node(policy, tmp_path)
-        bob.hello(job)
+        bob.ask("hello", job=job.model_dump(mode="json"), run=run)
         bob.train(job, round=round, run=run)
         assert bob.told == ""
     bob.train(job, round=2, run="b")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from client.signed import DAY, Signed
 from client.transport import failure
-from fedtune.envelope import Envelope, WireTensor
+from fedtune import durable
+from fedtune.envelope import UNKNOWN_RUN, Envelope, WireTensor
 from fedtune.errors import UserError
 from fedtune.security.sealing import UNANSWERED, is_sealed, opened
 from fedtune.security.signing import ANSWER, ASK, STAMP, Stamp, signed, verified
@@ -168,12 +170,20 @@ def test_a_replay_is_refused_after_a_restart_too(door: Signed, tmp_path: Path) -
 
 
 def test_an_ask_of_another_run_is_refused_until_it_says_hello(door: Signed, trainer: Trainer) -> None:
-    assert "takes part in none" in reason(door.answer(ask("1.0", 1)))
+    assert "takes part in none" in wants_hello(door, ask("1.0", 1))
     door.answer(hello(2))
-    assert "for run run.2, this trainer takes part in run.1" in reason(door.answer(ask("1.0", 3, run="run.2")))
+    assert "for run run.2, this trainer takes part in run.1" in wants_hello(door, ask("1.0", 3, run="run.2"))
     door.answer(hello(4, "run.2"))
-    assert "for run run.1, this trainer takes part in run.2" in reason(door.answer(ask("1.0", 5, run="run.1")))
+    assert "for run run.1, this trainer takes part in run.2" in wants_hello(door, ask("1.0", 5, run="run.1"))
     assert [given.header["ask"] for given in trainer.asked] == ["hello", "hello"]
+
+
+def wants_hello(door: Signed, asked: Envelope) -> str:
+    """The reason of a failure that says so, sealed and signed as any answer is."""
+    _, stamp = verified(asked, COORDINATOR.public_key(), ASK)
+    told, _ = verified(opened(door.answer(asked), stamp, SEALING), KEYS.signing.public_key(), ANSWER)
+    assert told.header[UNKNOWN_RUN] is True
+    return reason(told)
 
 
 def test_an_ask_for_another_client_is_refused(door: Signed) -> None:
@@ -229,3 +239,30 @@ def test_what_nobody_expected_is_sealed_too_and_its_words_stay(tmp_path: Path) -
     assert is_sealed(answer)
     inner, _ = verified(opened(answer, Stamp("run.1", NOW + 1, "north", True), SEALING), KEYS.signing.public_key(), ANSWER)
     assert inner.header["failed"] == "RuntimeError in the trainer; its log says more"
+
+
+def test_what_cannot_be_kept_is_refused_and_not_heard(
+    door: Signed, trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full for one ask; the same ask is answered when it is not any more."""
+    door.answer(hello())
+
+    def full(path: Path, pieces: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(durable, "write", full)
+        told = reason(door.answer(ask("1.0", 2)))
+    assert "nothing can be written on this client's disk (No space left on device)" in told
+    assert str(tmp_path) not in told
+    assert is_sealed(door.answer(ask("1.0", 2)))
+    assert [given.header["ask"] for given in trainer.asked] == ["hello", "1.0"]
+
+
+def test_a_file_that_is_another_user_s_stops_the_trainer_in_one_line(
+    tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "heard.json").write_text("{}")
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: (_ for _ in ()).throw(PermissionError(13, "denied")))
+    with pytest.raises(UserError, match=r"heard\.json cannot be read"):
+        Signed(trainer, KEYS, tmp_path)
