@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fedtune import durable
 from fedtune.adapter import Adapter, Factors
-from fedtune.errors import MALFORMED, Damaged
+from fedtune.errors import MALFORMED, Damaged, RunFolderError
 from fedtune.payload import Payload, Role
 from fedtune.strategy import ServerState
 from fedtune.wire.versions import Held, Known
@@ -75,8 +75,9 @@ class Checkpoints:
         shutil.rmtree(target, ignore_errors=True)  # of a time before, that was damaged
         os.replace(temporary, target)
         durable.sync(self._folder)
-        for old in self._rounds()[KEPT:]:
-            shutil.rmtree(self._path(old), ignore_errors=True)
+        kept = [checkpoint.round, *(round for round in self._rounds() if round < checkpoint.round)][:KEPT]
+        for other in set(self._rounds()) - set(kept):  # also a later one: it was damaged, else the run had gone on from there
+            shutil.rmtree(self._path(other), ignore_errors=True)
 
     def last(self, damaged: Callable[[str], None] = lambda reason: None) -> Checkpoint | None:
         """The newest that is whole; each that is not is told to `damaged`."""
@@ -103,19 +104,23 @@ def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def read(folder: Path) -> Checkpoint:
-    """Raises Damaged."""
+    """Raises Damaged; or RunFolderError where it is well, and not for us to read."""
     try:
         digest, _, body = (folder / TEXT).read_text(encoding="utf-8").partition("\n")
         if hashlib.sha256(body.encode()).hexdigest() != digest:
             raise Damaged(f"{folder / TEXT} is not what was written")
         text = json.loads(body)
         if text["format"] != FORMAT:
-            raise Damaged(f"{folder} is of format {text['format']!r}, this version reads {FORMAT}")
+            raise RunFolderError(
+                f"{folder} was written by another version of fedtune (format {text['format']!r}): go on with that"
+            )
         if _digest(folder / TENSORS) != text["sha256"]:
             raise Damaged(f"{folder / TENSORS} is not what was written")
         if not _is_sound(text):
             raise Damaged(f"{folder / TEXT} says what no checkpoint says")
         return _from_json(text, load_file(folder / TENSORS))
+    except PermissionError as error:
+        raise RunFolderError(f"{folder} may not be read: {error}; go on as the user that began the run") from error
     except (OSError, SafetensorError, *MALFORMED) as error:
         raise Damaged(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
 

@@ -84,10 +84,10 @@ def run_job(
         try:
             while stand.next <= job.rounds.count:
                 stand = _played(run, stand)
+            _finish(run, stand, write_model)
         except RoundFailed as error:
             run.write("stopped", reason=str(error))
             raise
-        _finish(run, stand, write_model)
         return RunResult(folder, stand.state, stand.records)
 
 
@@ -102,6 +102,9 @@ def finished(job: Job, folder: Path) -> RunResult | None:
 
 def _finish(run: Opened, stand: Stand, write_model: bool) -> None:
     federation = run.federation
+    _require_progress(stand)
+    if len(stand.undone) >= stand.next - 1:
+        raise RoundFailed("all rounds were rolled back, so nothing was published; try a smaller train.lr, or more rounds")
     if write_model and isinstance(federation.strategy.published(stand.state), Recipe) and not run.over:
         federation.watcher.doing("writing the model", 0, 1)
         run.folder.write_model(federation.job, federation.plan)
@@ -131,7 +134,8 @@ def play(run: Opened, stand: Stand) -> Stand:
     require_enough(job, federation.clients, out, number)
     due = is_due(job, number)
     federation.wire.known = stand.known
-    taking_part = [id for id in federation.clients if id not in out] if due else [client.id for client in cohort]
+    begun_with = {client.id for client in cohort}  # also who sits out by now, where `gate` was another then
+    taking_part = [id for id in federation.clients if id in begun_with or (due and id not in out)]
     begun = Round if job.rounds.mode == "synchronous" else BufferedRound
     round = begun(federation, run.folder, number, taking_part, stand.past, stand.undone, stand.gate)
     run.write("round", number=number, cohort=[client.id for client in cohort] if number else [])
@@ -151,14 +155,13 @@ def play(run: Opened, stand: Stand) -> Stand:
 
 
 def _cohort(run: Opened, number: int, out: Collection[str]) -> list[ClientInfo]:
-    """As it was drawn before, where the round has begun: who was busy then is noted nowhere else."""
+    """As it was drawn before, where the round has begun: who was busy or sat out then is noted nowhere else."""
     federation = run.federation
     federation.under_way.begins(number)
+    if before := cohort_in(federation.journal.entries, number):
+        return [federation.clients[client] for client in before]
     if federation.job.rounds.mode == "buffered":
         return [client for id, client in sorted(federation.clients.items()) if id not in out]
-    before = cohort_in(federation.journal.entries, number) if federation.job.rounds.late == "next_round" else []
-    if before:
-        return [federation.clients[client] for client in before]
     return draw_cohort(federation.job, federation.clients, number, out, federation.under_way.busy)
 
 
@@ -190,13 +193,18 @@ def _rolled_back(run: Opened, stand: Stand, round: Round, why: str, gate: GateMe
     record = round.report({}, {}, [*notes, f"rolled back: {why}"])
     gate = replace(gate, norms=stand.gate.norms)
     after = _settled(run, round, stand.after(record, stand.state, stand.known, gate, undone=number))
-    if in_a_row(after.undone, number) >= MOST_IN_A_ROW:
-        raise RoundFailed(
-            f"{MOST_IN_A_ROW} rounds in a row were rolled back, the last as {why}; `adapter` leads to the last sound one. "
-            f"Try a smaller train.lr; or, if that is as it should be, a larger rounds.max_rise, with --resume"
-        )
+    _require_progress(after, f", the last as {why}")
     federation.wire.known = after.known
     return after
+
+
+def _require_progress(stand: Stand, why: str = "") -> None:
+    """Raises RoundFailed where the last rounds were all rolled back."""
+    if in_a_row(stand.undone, stand.next - 1) >= MOST_IN_A_ROW:
+        raise RoundFailed(
+            f"{MOST_IN_A_ROW} rounds in a row were rolled back{why}; `adapter` leads to the last sound one, if there is one. "
+            "Try a smaller train.lr; or, if that is as it should be, a larger rounds.max_rise, with --resume"
+        )
 
 
 def _settled(run: Opened, round: Round, after: Stand) -> Stand:
@@ -208,6 +216,8 @@ def _settled(run: Opened, round: Round, after: Stand) -> Stand:
     run.folder.log(record)
     run.federation.watcher.round_ended(record)
     round.clear()
+    if round.number not in after.undone:
+        run.folder.prune(round.number, run.federation.job.rounds.keep)
     return after
 
 

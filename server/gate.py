@@ -22,6 +22,7 @@ from server.limits import require_vectors, require_vectors_alone
 NOTHING_ASKED = Ask("")
 Shapes = Mapping[str, tuple[int, ...]]
 NO_SHAPES: Shapes = {}
+LARGEST = 1e18  # of scalars and figures: sums and squares of them stay finite
 SCALE = ".scale"  # ends the name of a scalar that is the scale of a module
 Schema = tuple[tuple[str, tuple[float, ...]], ...]  # of each tensor its name and shape, of each scale its value; by name
 
@@ -107,6 +108,8 @@ def _require_finite(answer: Answer) -> None:
         if not math.isfinite(value):
             kind = Diverged if answer.metrics.get("loss") is value else Refused
             raise kind(f"'{name}' is {value}, wanted a finite number")
+        if abs(value) > LARGEST:
+            raise Refused(f"'{name}' is {value:g}, wanted at most {LARGEST:g} either way")
 
 
 def _require_named(answer: Answer, names: Collection[str], vectors: Collection[str]) -> None:

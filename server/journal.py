@@ -25,6 +25,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,14 @@ class Entry:
 class Journal:
     """`write` returns when the line is on the disk. Whoever has it open must be the only one (server/lock.py)."""
 
-    def __init__(self, file: Path, clock: Callable[[], float] = time.time) -> None:
-        """Opens it at its sound end. Raises OSError."""
-        self._clock, new = clock, not file.exists()
+    def __init__(
+        self,
+        file: Path,
+        clock: Callable[[], float] = time.time,
+        writing: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Opens it at its sound end. Raises OSError, or what `writing` makes of it."""
+        self._clock, self._writing, new = clock, writing, not file.exists()
         self.entries, sound = read(file)
         self._file = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self.cut = os.fstat(self._file).st_size - sound  # bytes that nobody could read any more
@@ -61,15 +67,20 @@ class Journal:
             durable.sync(file.parent)
 
     def write(self, what: str, **about: Any) -> None:
-        """Raises OSError where the disk is full; then the line is not there, nor a part of it."""
-        entry, end = Entry(what, about), os.fstat(self._file).st_size
+        """Where the disk is full, the line is not there, nor a part of it."""
+        entry = Entry(what, about)
+        with self._writing():
+            self._append(line_of(entry, self._clock()))
+        self.entries.append(entry)
+
+    def _append(self, line: bytes) -> None:
+        end = os.fstat(self._file).st_size
         try:
-            _write_all(self._file, line_of(entry, self._clock()))
+            _write_all(self._file, line)
             os.fsync(self._file)
         except BaseException:
             os.ftruncate(self._file, end)
             raise
-        self.entries.append(entry)
 
     def close(self) -> None:
         os.close(self._file)

@@ -12,7 +12,7 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from fedtune.base import blueprint
-from fedtune.errors import StrategyError
+from fedtune.errors import RunFolderError, StrategyError
 from fedtune.job import Job
 from fedtune.payload import payload_of
 from fedtune.strategy import ClientInfo, ServerState, Strategy
@@ -32,7 +32,7 @@ from server.post import Post
 from server.records import RoundRecord, Watcher
 from server.resuming import require_resumable
 from server.roll import Roll, clients_in
-from server.run_folder import RunFolder, holds_run, require_free, writing
+from server.run_folder import RunFolder, holds_run, require_free
 from server.summing import require_buffered
 
 Posts = Callable[[str], Post]  # by the run's name
@@ -73,8 +73,7 @@ class Opened:
 
     def write(self, what: str, **about: Any) -> None:
         """Into the journal. Raises RunFolderError where the disk is full."""
-        with writing(self.folder.path):
-            self.federation.journal.write(what, **about)
+        self.federation.journal.write(what, **about)
 
     def notes(self, number: int) -> list[str]:
         """What its record should tell of how the round came about."""
@@ -123,7 +122,10 @@ class _Opening:
     def taken_up(self, folder: RunFolder) -> Opened:
         """From its last whole checkpoint; without one, from the start."""
         damaged: list[str] = []
-        checkpoint, entries = folder.checkpoints.last(damaged.append), list(self._journal.entries)
+        entries = list(self._journal.entries)
+        checkpoint = folder.checkpoints.last(damaged.append)
+        if checkpoint is None:
+            _require_early(folder, entries, damaged)
         told, stand = started_in(entries), self._stand(folder, checkpoint, entries)
         over = is_over(entries) and stand.next > self._job.rounds.count
         name = told["run"] if told else checkpoint.run if checkpoint else f"{self._job.name}.{token_hex(8)}"
@@ -176,6 +178,16 @@ class _Opening:
         records = (*(line for line in lines if line.round < checkpoint.round), *([record] if record else []))
         undone, gate = tuple(checkpoint.notes.get("undone", ())), GateMemory.from_json(checkpoint.notes.get("gate"))
         return Stand(checkpoint.round + 1, checkpoint.state, checkpoint.known, records, undone, past, gate)
+
+
+def _require_early(folder: RunFolder, entries: list[Entry], damaged: list[str]) -> None:
+    """Without a checkpoint a run begins anew: nobody wants that once it has come far. Raises RunFolderError."""
+    rounds = {entry["round"] for entry in entries if entry.what == "state"}
+    if len(rounds) > 1:
+        raise RunFolderError(
+            f"the run in {folder.path} had come to round {max(rounds)}, and no checkpoint of it can be read "
+            f"({'; '.join(damaged) or 'none is there'}): bring its folder `state` back, or begin a new run with another --out"
+        )
 
 
 def _require_the_jobs_rank(job: Job, strategy: Strategy, clients: Mapping[str, ClientInfo]) -> None:

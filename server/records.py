@@ -86,7 +86,7 @@ class RoundRecord:
 
 
 def _is_figure(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and abs(value) < 2**64) or value != value
+    return value is None or type(value) in (int, float)
 
 
 @dataclass(frozen=True)

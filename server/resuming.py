@@ -43,7 +43,11 @@ def differing(one: Job, other: Job) -> dict[str, tuple[Any, Any]]:
 
 def _matters(key: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     one, other = was.get(key), now.get(key)
-    if one == other or key.startswith(MAY_DIFFER):
+    if one == other:
+        return False
+    if key == "rounds.count" and was.get("train.round_schedule") != "constant":
+        return True  # rates of the rounds before would have been others
+    if key.startswith(MAY_DIFFER):
         return False
     if key == "clients.count":  # a server writes down how many came
         return other is not None

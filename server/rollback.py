@@ -55,7 +55,7 @@ def trouble(
     if round is None:
         return ""
     now = {client: figures["loss"] for client, figures in round.tally.evaluated.items() if "loss" in figures}
-    if round.diverged and len(round.diverged) >= len(now):
+    if len(round.diverged) > len(now):
         return f"the held-out loss of {len(round.diverged)} of {len(round.diverged) + len(now)} clients is not finite"
     rise = median_rise(last_losses(before), now)
     if max_rise is not None and rise > max_rise:
@@ -81,9 +81,10 @@ def last_losses(before: Sequence[RoundRecord]) -> Mapping[str, float]:
 
 
 def median_rise(before: Mapping[str, float], now: Mapping[str, float]) -> float:
-    """Over the clients that were evaluated both times; none is no rise."""
+    """Over the clients that were evaluated both times; none is no rise. Of an even number the lower of the two in the middle:
+    half of them alone decide nothing."""
     both = before.keys() & now.keys()
-    return statistics.median(now[client] - before[client] for client in both) if both else 0.0
+    return statistics.median_low(now[client] - before[client] for client in both) if both else 0.0
 
 
 def in_a_row(undone: Collection[int], number: int) -> int:

@@ -98,13 +98,15 @@ class Round(Asking):
 
     def _admitted(self, clients: Sequence[str], ask: Ask, ask_id: str) -> Iterator[tuple[str, Answer]]:
         """The answers that pass the gate, as they come; the reasons of the others go into the tally."""
-        self._costs, self._digests = {}, {}
+        self._costs, self._digests, self._whole = {}, {}, set()
         self.gate.open(ask, ask_id)
         self._late.open()
         decoded, known = self._decoding(ask), self._federation.clients
         for client, envelope in self._replies(clients, ask, ask_id):
             try:
-                answer = self.gate.let_in(envelope, known[client], partial(decoded, client))
+                answer = self.gate.let_in(
+                    envelope, known[client], partial(decoded, client), self._past_of(ask_id).counts(client)
+                )
                 self.tally.read(client, envelope, answer.payload)
             except Refused as reason:
                 if self.gate.blames(reason):

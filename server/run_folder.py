@@ -24,6 +24,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,9 @@ class RunFolder:
         return self.path / "model"
 
     def journal(self) -> Journal:
-        """Opened where it ends."""
+        """Opened where it ends. It and all that it is asked to write raise RunFolderError."""
         with writing(self.path):
-            return Journal(self.path / JOURNAL)
+            return Journal(self.path / JOURNAL, writing=partial(writing, self.path))
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -136,10 +137,13 @@ class RunFolder:
                 else:
                     write_adapter(target, published, job, blueprint, provenance)
             self._point_to(target)
-        if isinstance(published, ChangedWeights):
-            self._drop_weights_but(target)
-        elif job.rounds.keep:
-            self._keep_last(job.rounds.keep, round)
+
+    def prune(self, round: int, keep: int | None) -> None:
+        """Once this round counts: weights of the model itself are kept of the last round alone, all else of the last `keep`."""
+        if (last := self.path / "rounds" / f"{round:04d}" / "weights").exists():
+            self._drop_weights_but(last)
+        elif keep:
+            self._keep_last(keep, round)
 
     def roll_back(self, round: int) -> None:
         """What that round published is taken back: the link leads to the last one before it, if there is one."""
@@ -147,10 +151,10 @@ class RunFolder:
             bad = self.path / "rounds" / f"{round:04d}" / kind
             if not bad.exists():
                 continue
-            before = [found for found in sorted(self.path.glob(f"rounds/*/{kind}")) if found < bad]
+            before = [found for found in self.path.glob(f"rounds/*/{kind}") if _round_of(found.parent) < round]
             with writing(self.path):
                 if before:
-                    self._point_to(before[-1])
+                    self._point_to(max(before, key=lambda found: _round_of(found.parent)))
                 else:
                     (self.path / kind).unlink(missing_ok=True)
                 shutil.rmtree(bad.parent)
@@ -216,7 +220,7 @@ def writing(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(_existing(path)).free
             raise RunFolderError(
-                f"no space left on the disk of {path} ({free:,} bytes free): free some, or type --out with another"
+                f"no space left on the disk of {path} ({free:,} bytes free): make room, then go on with --resume"
             ) from error
         raise RunFolderError(f"{path} cannot be written: {error}; name another folder with --out") from error
 
@@ -246,6 +250,10 @@ def _existing(path: Path) -> Path:
 
 def _write(path: Path, text: str) -> None:
     durable.write(path, [text.encode()])
+
+
+def _round_of(folder: Path) -> int:
+    return int(folder.name) if folder.name.isdigit() else -1
 
 
 def _lines(file: Path) -> list[bytes]:

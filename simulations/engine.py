@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from client.names import folder_name
@@ -17,7 +16,7 @@ from server.run_folder import RunFolder, require_free, writing
 from simulations.compare import compare
 from simulations.grid import InProcessGrid
 
-MEMORY = "memory"  # of all clients, in the run's folder while it runs
+MEMORY = "memory"  # of all clients, in the run's folder: for --resume, also with more rounds
 
 
 def simulate(job: Job, folder: Path, watcher: Watcher, resume: bool = False) -> RunResult:
@@ -27,14 +26,19 @@ def simulate(job: Job, folder: Path, watcher: Watcher, resume: bool = False) -> 
     """
     require_resumable(folder, job) if resume else require_free(folder)
     require_comparable(job)
-    if resume and not (folder / MEMORY).exists() and (done := finished(job, folder)):
+    if resume and is_done(job, folder) and (done := finished(job, folder)):
         return done
     trainer = resident_trainer(job, watcher, folder / MEMORY)
     result = run_simulation(trainer, folder, watcher, resume=resume)
     if job.compare:
         compare_with(trainer, folder, watcher)
-    shutil.rmtree(folder / MEMORY, ignore_errors=True)
     return result
+
+
+def is_done(job: Job, folder: Path) -> bool:
+    """What comes after the rounds is there too."""
+    own = not job.make_strategy().personal or (folder / "clients").is_dir()
+    return own and (not job.compare or (folder / "comparison.json").exists())
 
 
 def compare_with(trainer: Trainer, folder: Path, watcher: Watcher) -> None:

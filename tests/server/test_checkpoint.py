@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedtune.adapter import Adapter, Factors
-from fedtune.errors import Damaged
+from fedtune.errors import Damaged, RunFolderError
 from fedtune.payload import Payload, Role
 from fedtune.strategy import ServerState
 from fedtune.wire.versions import Held, Known
@@ -149,7 +149,7 @@ def test_another_version_s_is_said_to_be_that(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(module, "FORMAT", 99)
     Checkpoints(tmp_path).write(everything(1))
     monkeypatch.undo()
-    with pytest.raises(Damaged, match="is of format 99, this version reads 1"):
+    with pytest.raises(RunFolderError, match=r"was written by another version of fedtune \(format 99\)"):
         read(tmp_path / "0001")
 
 
@@ -194,3 +194,13 @@ def test_killed_at_any_step_it_is_the_old_one_or_the_new_one(tmp_path: Path) -> 
         step += 1
     assert seen == {2, 3}
     assert step > 5
+
+
+@pytest.mark.parametrize("claimed", [1e30, float("inf"), float("nan"), 10**30])
+def test_whatever_a_client_claims_its_round_can_be_read_again(claimed: float, tmp_path: Path) -> None:
+    client = ClientRecord(seconds=claimed, examples=claimed, loss=claimed, micro_batch=claimed)
+    record = RoundRecord(7, claimed, {"perplexity": claimed}, claimed, {"ann": client}, {"ann": {"0": claimed}}, {"q": claimed})
+    Checkpoints(tmp_path).write(dataclasses.replace(everything(), record=record))
+    last = Checkpoints(tmp_path).last()
+    assert last is not None
+    assert repr(last.record) == repr(record)

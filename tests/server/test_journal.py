@@ -125,3 +125,11 @@ def test_a_disk_that_takes_a_part_at_a_time_gets_the_rest(tmp_path: Path, monkey
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:3]))
     assert len(written(tmp_path / "journal", 2)) == 2
     assert numbers(read(tmp_path / "journal")[0]) == [0, 1]
+
+
+@pytest.mark.parametrize("claimed", [5e-324, 1e20, 1e308])
+def test_whatever_a_client_says_of_itself_the_run_can_be_taken_up(claimed: float) -> None:
+    """server/meeting.py takes all that is above 0."""
+    client = {"examples": 1, "rank": 1, "scale": claimed, "limits": {"memory": claimed}}
+    started = Entry("started", {"run": "demo.0", "clients": {"ann": client}, "nodes": {"ann": 2**64 - 1}})
+    assert entry_of(line_of(started, 0.0)) is not None

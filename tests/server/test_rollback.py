@@ -68,7 +68,13 @@ def test_losses_are_compared_with_those_of_the_last_round_that_counts() -> None:
     assert last_losses([unseen]) == {}
 
 
-def test_half_of_those_who_look_must_see_no_number() -> None:
+def test_of_two_clients_one_decides_nothing() -> None:
+    """Changes of 9 and 0: the lower of the two counts."""
+    assert median_rise({"ann": 1.0, "bob": 1.0}, {"ann": 10.0, "bob": 1.0}) == 0
+    assert trouble(state(), evaluated({"bob": 1.0}, {"ann"}), [before(ann=1.0, bob=1.0)], 1.0) == ""
+
+
+def test_more_than_half_of_those_who_look_must_see_no_number() -> None:
     past = [before(ann=1.0, bob=1.0, cy=1.0)]
     assert trouble(state(), evaluated({"ann": 1.0, "bob": 1.0}, {"cy"}), past, 1.0) == ""
     why = trouble(state(), evaluated({"ann": 1.0}, {"bob", "cy"}), past, 1.0)

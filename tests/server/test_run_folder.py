@@ -74,6 +74,7 @@ def publish_weights(tmp_path: Path, job: Job, plan: Blueprint) -> Callable[[int]
     def _publish(round: int) -> RunFolder:
         values = {"model.norm.weight": torch.full((32,), float(round))}
         run.publish(round, ChangedWeights(values, "b"), job, plan, {"round": round, "base": "b"})
+        run.prune(round, job.rounds.keep)
         return run
 
     return _publish
@@ -285,7 +286,7 @@ def test_a_full_disk_is_said_with_what_is_free(publish: Callable[[int], RunFolde
     monkeypatch.setattr(Path, "write_bytes", raising(FULL))
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=1234))
     with pytest.raises(
-        RunFolderError, match=r"no space left on the disk of .*run \(1,234 bytes free\): free some, or type --out"
+        RunFolderError, match=r"no space left on the disk of .*run \(1,234 bytes free\): make room, then go on with --resume"
     ):
         publish(2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,8 @@ from fedtune.envelope import Envelope
 from fedtune.errors import RoundFailed, RunFolderError
 from fedtune.job import Job
 from fedtune.wire import pack_failure
+from fedtune.wire.ends import outdated
+from fedtune.wire.versions import START
 from server import lock
 from server.coordinator import RunResult
 from server.journal import Entry, Journal, read
@@ -125,7 +128,7 @@ def test_what_was_spooled_is_not_asked_for_again(make_job: MakeJob, tmp_path: Pa
     assert digest(folder) == digest(whole.folder)
 
 
-@pytest.mark.parametrize("what", ["spool", "tensors.safetensors", "checkpoint.json", "journal", "no journal", "no state"])
+@pytest.mark.parametrize("what", ["spool", "tensors.safetensors", "checkpoint.json", "journal", "no journal"])
 def test_damaged_files_cost_time_and_nothing_else(what: str, make_job: MakeJob, tmp_path: Path) -> None:
     """Killed in round 2, when both have answered; then a file is damaged."""
     job, folder = make_job(*SMALL, *BALANCED), tmp_path / "run"
@@ -140,14 +143,47 @@ def test_damaged_files_cost_time_and_nothing_else(what: str, make_job: MakeJob, 
         (folder / "journal.jsonl").write_bytes(data[: len(data) // 2])
     elif what == "no journal":
         (folder / "journal.jsonl").unlink()
-    elif what == "no state":
-        shutil.rmtree(folder / "state")
     else:
         path = folder / "state" / "0001" / what
         path.write_bytes(path.read_bytes()[:-1] + b"?")
     played(job, folder)
-    if what != "no state":  # then clients have nothing left of round 1 but what they remember of it
-        assert digest(folder) == digest(whole.folder)
+    assert digest(folder) == digest(whole.folder)
+
+
+def test_a_run_that_has_come_far_is_not_begun_anew_in_silence(make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job(*SMALL)
+    told = [(entry.what, entry.about.get("ask")) for entry in lines(played(job, tmp_path / "whole").folder)]
+    folder = tmp_path / "run"
+    assert killed(lambda: played(job, folder), told.index(("closed", "2.0")))
+    (folder / "state").rename(folder / "elsewhere")
+    with pytest.raises(RunFolderError, match=r"had come to round 1, and no checkpoint of it can be read \(none is there\)"):
+        played(job, folder)
+    (folder / "elsewhere").rename(folder / "state")
+    played(job, folder)
+    assert digest(folder) == digest(tmp_path / "whole")
+
+
+def test_a_client_that_was_sent_everything_is_known_to_have_it_after_a_crash(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ann says once, of 2.0, that her version is another: she is sent all of it, and of 2.evaluate a difference again. Killed
+    when she has answered that."""
+    job, answer = make_job(*SMALL, *BALANCED, "rounds.count=3"), Trainer.answer
+
+    def once(self: Trainer, envelope: Envelope, client: str | None = None) -> Envelope:
+        header = envelope.header
+        if (client, header["ask"]) == ("ann", "2.0") and header["since"] != START:
+            return outdated(pack_failure("outdated", {key: header[key] for key in ("ask", "run", "round")}))
+        return answer(self, envelope, client)
+
+    monkeypatch.setattr(Trainer, "answer", once)
+    whole = played(job, tmp_path / "whole")
+    told = lines(whole.folder)
+    assert [entry["ask"] for entry in told if entry.about.get("whole")] == ["2.0"]
+    at = [(entry.what, entry.about.get("ask"), entry.about.get("client")) for entry in told]
+    assert killed(lambda: played(job, tmp_path / "run"), at.index(("answered", "2.evaluate", "ann")))
+    played(job, tmp_path / "run")
+    assert digest(tmp_path / "run") == digest(whole.folder)
 
 
 def test_a_run_that_is_over_is_left_alone(make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,10 +198,17 @@ def test_a_run_that_is_over_is_left_alone(make_job: MakeJob, tmp_path: Path, mon
 
 
 def test_a_run_that_is_over_can_have_more_rounds(make_job: MakeJob, tmp_path: Path) -> None:
-    whole = played(make_job(*SMALL), tmp_path / "whole")
-    played(make_job(*SMALL, "rounds.count=1"), tmp_path / "run")
-    played(make_job(*SMALL), tmp_path / "run")
+    """Clients remember their control variates."""
+    whole = played(make_job(*SMALL, *SCAFFOLD), tmp_path / "whole")
+    played(make_job(*SMALL, *SCAFFOLD, "rounds.count=1"), tmp_path / "run")
+    played(make_job(*SMALL, *SCAFFOLD), tmp_path / "run")
     assert digest(tmp_path / "run") == digest(whole.folder)
+
+
+def test_where_the_rate_depends_on_the_number_of_rounds_that_stays(make_job: MakeJob, tmp_path: Path) -> None:
+    played(make_job(*SMALL, "rounds.count=1", "train.round_schedule=cosine"), tmp_path)
+    with pytest.raises(RunFolderError, match=r"rounds.count = 1, now 2"):
+        played(make_job(*SMALL, "train.round_schedule=cosine"), tmp_path)
 
 
 def test_another_job_is_refused_by_the_keys_that_differ(make_job: MakeJob, tmp_path: Path) -> None:
@@ -206,7 +249,7 @@ def test_a_round_that_does_harm_is_rolled_back_for_server_and_clients(
     make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In round 1 all train at a rate that ruins the model. Round 2 starts from what round 1 started from."""
-    job = make_job(*SMALL, *BALANCED, "rounds.max_rise=0.1")
+    job = make_job(*SMALL, *BALANCED, "rounds.max_rise=0.01")
     peak = Local.peak_lr
     monkeypatch.setattr(Local, "peak_lr", lambda self: 1e3 if self._round == 1 else peak(self))
     result = played(job, tmp_path / "run")
@@ -217,3 +260,53 @@ def test_a_round_that_does_harm_is_rolled_back_for_server_and_clients(
     assert result.records[0].loss is not None
     assert second.loss < result.records[0].loss + 0.05
     assert [entry["round"] for entry in lines(tmp_path / "run") if entry.what == "rolled_back"] == [1]
+
+
+def worse_in(monkeypatch: pytest.MonkeyPatch, *rounds: int) -> None:
+    """All clients find what these rounds published worse by 5 nats."""
+    evaluate = Local.evaluate
+
+    def found(self: Local) -> dict[str, float]:
+        figures = dict(evaluate(self))
+        return {**figures, "loss": figures["loss"] + 5.0 * (self._round in rounds)}
+
+    monkeypatch.setattr(Local, "evaluate", found)
+
+
+def test_of_the_last_round_alone_the_adapter_is_kept_until_the_next_one_counts(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worse_in(monkeypatch, 2)
+    played(make_job(*SMALL, "rounds.keep=1"), tmp_path)
+    assert [path.name for path in (tmp_path / "rounds").iterdir()] == ["0001"]
+    assert (tmp_path / "adapter").resolve() == tmp_path / "rounds" / "0001" / "adapter"
+
+
+def test_a_run_of_which_every_round_did_harm_has_failed(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worse_in(monkeypatch, 1, 2)
+    for _ in range(2):  # also when it is taken up again
+        with pytest.raises(RoundFailed, match="all rounds were rolled back, so nothing was published"):
+            played(make_job(*SMALL), tmp_path)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_full_disk_at_any_line_of_the_journal_ends_in_one_line(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, append = make_job(*SMALL, "rounds.count=1"), Journal._append
+    for line in range(14):
+        written, folder = [0], tmp_path / str(line)
+
+        def full(self: Journal, data: bytes, written: list[int] = written, last: int = line) -> None:
+            written[0] += 1
+            if written[0] > last:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            append(self, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "_append", full)
+            with pytest.raises(RunFolderError, match=r"no space left on the disk .* make room, then go on with --resume"):
+                played(job, folder)
+    played(job, folder)
