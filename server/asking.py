@@ -21,7 +21,7 @@ from server.federation import Federation
 from server.gatekeeper import Gatekeeper, GateMemory
 from server.latecomers import Latecomers, LateRefused
 from server.meeting import wants_hello
-from server.past import NOTHING, Asked
+from server.past import NOTHING, Asked, refused_in
 from server.report_units import one_line
 from server.run_folder import RunFolder
 from server.spool import Spool
@@ -52,6 +52,7 @@ class Asking:
         self._costs: dict[str, Cost] = {}  # of the answers to the open ask, as they came
         self._digests: dict[str, str] = {}  # and of what lies in its spool
         self.gate = Gatekeeper(federation.job, federation.strategy, federation.plan, gate, run.quarantine)
+        self.gate.refused |= refused_in(federation.journal.entries, number) & federation.clients.keys()
         self._late = Latecomers(federation, number, self.tally, run.quarantine)
         self._whole = set[str]()  # clients that were sent all of the open ask, as they had another version than was thought
 
@@ -118,6 +119,7 @@ class Asking:
                 envelope = self._spool(ask_id).get(client, past.answered[client].get("digest", ""))
             except Damaged as reason:
                 self._federation.journal.write("damaged", reason=str(reason))  # it is asked again, and sends the same
+                self._late.damaged(client, past.answered[client], asked=client in packed)
                 continue
             line = past.answered[client]
             self._digests[client] = line["digest"]
@@ -200,6 +202,7 @@ class Asking:
     def _refused(self, client: str, ask_id: str, envelope: Envelope, reason: str) -> None:
         reason = one_line(reason, LONGEST_REASON)  # it may hold names that the client made up
         file = self.gate.refuse(client, envelope, self.number, reason)
+        self._digests.pop(client, None)  # it may have lain in the spool
         self._federation.journal.write("refused", ask=ask_id, client=client, reason=reason, file=file)
 
     def _past_of(self, ask_id: str) -> Asked:

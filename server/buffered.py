@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from fedtune.envelope import Envelope
 from fedtune.errors import ClientFailed, Refused
@@ -70,6 +71,7 @@ class BufferedRound(Round):
         for client in self._late.counted:  # it has had more than the last checkpoint knows of
             self._federation.wire.forget(client)
         self._at_work.drop_away()
+        self._lost_again(ask, ask_id)
         pauses = quorum.pauses()
         while not self._over(ask) and not self._past_of(ask_id).closed:
             self._employ(clients, ask, ask_id)
@@ -79,6 +81,16 @@ class BufferedRound(Round):
                 yield from self._taken(*found, ask, ask_id)
         self._staleness = {client: line["rounds"] for client, line in self._late.counted.items()}
         self._federation.wire.settle()
+
+    def _lost_again(self, ask: Ask, ask_id: str) -> None:
+        """Of a closed ask some answers may be damaged, or gone with the spool of a round that is repeated: it is open again,
+        and who answered this very ask is asked first, for it sends the same."""
+        past = self._past_of(ask_id)
+        lost = {client: line for client, line in past.answered.items() if client not in self._digests}  # each has a `late`
+        if past.closed and lost:
+            self._past = {**self._past, ask_id: replace(past, closed=False)}
+            if first := sorted(client for client, line in lost.items() if line["late"]["rounds"] == 0):
+                self._send(first, ask, ask_id)
 
     def _employ(self, clients: Sequence[str], ask: Ask, ask_id: str) -> None:
         """As many are at work as can be: drawn from those who have not been asked this yet, in an order that depends on (seed,

@@ -79,6 +79,11 @@ class Latecomers:
         self.counted[client] = line
         self.notes.append(f"late: {client} answered ask {line['ask']}, which counts with staleness {line['rounds']}")
 
+    def damaged(self, client: str, line: Line, asked: bool) -> None:
+        """Of an answer that lay in the spool, one of before: its ask cannot be made again."""
+        if "late" in line and line["late"]["rounds"] and not asked:
+            self._drop(line["late"]["ask"], [client], "its file in the spool is damaged or gone")
+
     def excuse(self) -> None:
         """Who is at work on an ask of before is not asked to evaluate; unless all are."""
         busy = self._federation.under_way.busy

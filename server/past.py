@@ -19,6 +19,10 @@ class Asked:
     failed: Mapping[str, Line] = field(default_factory=dict)  # client -> the line with the reason
     closed: bool = False  # then all others are of no account
 
+    def counts(self, client: str) -> bool:
+        """Its answer was let in for good."""
+        return self.closed and client in self.answered
+
 
 NOTHING = Asked()
 
@@ -62,6 +66,19 @@ def cohort_in(entries: Iterable[Entry], number: int) -> list[str]:
     """Of a round that has begun before; empty where it has not."""
     found = [entry["cohort"] for entry in entries if entry.what == "round" and entry["number"] == number]
     return list(found[-1]) if found else []
+
+
+def refused_in(entries: Iterable[Entry], number: int) -> set[str]:
+    """Clients of which the gate refused anything while this round was open, to whatever ask; a run that stopped forgives."""
+    found, open = set[str](), -1
+    for entry in entries:
+        if entry.what == "round":
+            open = entry["number"]
+        elif entry.what == "stopped":
+            found.clear()
+        elif entry.what == "refused" and open == number:
+            found.add(str(entry.about.get("client")))
+    return found
 
 
 def started_in(entries: Iterable[Entry]) -> Entry | None:

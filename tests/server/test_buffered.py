@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedtune.base import blueprint
-from fedtune.errors import JobError, RoundFailed, StrategyError
+from fedtune.envelope import Envelope
+from fedtune.errors import JobError, Refused, RoundFailed, StrategyError
 from fedtune.job import Job
 from fedtune.registry import strategy_from
-from fedtune.strategy import ClientInfo
+from fedtune.strategy import Answer, ClientInfo
 from server.coordinator import RunResult, run_job
-from server.journal import Entry, read
+from server.gatekeeper import Gatekeeper
+from server.journal import Entry, Journal, read
 from server.summing import able_in, why_not
 from server.watchers import Quiet
 from simulations.engine import simulate
@@ -207,6 +211,99 @@ def test_taken_up_again_the_buffer_is_as_it_was_and_who_was_at_work_is_asked_ane
     fresh = {line["client"] for line in lines(tmp_path / "run", "answered") if line["late"]["ask"] == "2.0"}
     assert all((client, "2.0") not in clients.asked for client, _ in before if client in fresh)
     assert number(result) == pytest.approx(played_by_hand(tmp_path / "run", FOUR, 3, 0.5, 0.5), rel=1e-5)
+
+
+class Crash(BaseException):
+    pass
+
+
+def crashing_at(grid: TimedGrid, folder: Path, what: str, ask: str, monkeypatch: pytest.MonkeyPatch, times: int = 1) -> None:
+    """The process ends right after this line of the journal; of several, the one of that number."""
+    write = Journal.write
+
+    def and_die(self: Journal, said: str, **about: Any) -> None:
+        write(self, said, **about)
+        if sum(line["ask"] == ask for line in lines(folder, what)) == times:
+            raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "write", and_die)
+        with pytest.raises(Crash):
+            run_job(grid.clients.job, grid, folder, Quiet())
+
+
+def paced(job: Job, clock: Clock, clients: type[Pulled] = Pulled) -> TimedGrid:
+    pace = {"ann": 3.0, "bob": 5.0, "cy": 7.0, "dee": 11.0}
+    return TimedGrid(clock, clients(job, FOUR, 0.5), lambda client, ask: pace[client])
+
+
+@pytest.mark.parametrize("damage", ["one answer", "all answers", "the checkpoint"])
+def test_a_closed_round_whose_answers_are_damaged_or_gone_is_open_again(
+    damage: str, make_job: MakeJob, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Round 2 of 3 was closed. Without its checkpoint it is repeated, and its spool is gone by then."""
+    job, folder = make_job("rounds.count=3", "rounds.buffer=2", BUFFERED, NO_EVALUATION), tmp_path / "run"
+    what, ask = ("asked", "3.0") if damage == "the checkpoint" else ("closed", "2.0")
+    crashing_at(paced(job, clock), folder, what, ask, monkeypatch)
+    if damage == "the checkpoint":
+        shutil.rmtree(folder / "state" / "0002")
+    files = sorted((folder / "spool" / "2.0").glob("*.answer"))
+    for file in files[:1] if damage == "one answer" else files:
+        file.write_bytes(file.read_bytes()[:-7])
+    result = run_job(job, paced(job, clock), folder, Quiet(), resume=True)
+    closed = [line["answered"] for line in lines(folder, "closed") if line["ask"] == "2.0"]
+    assert [len(clients) for clients in closed] == [2, 2]
+    assert [record.answered for record in result.records] == [2, 2, 2]
+    dropped = {note.split()[2] for note in result.records[1].notes if "is dropped: its file in the spool" in note}
+    assert dropped <= {line["client"] for line in lines(folder, "answered") if line["ask"] == "2.0" and line["late"]["rounds"]}
+
+
+def test_who_gave_a_damaged_answer_to_this_very_ask_gives_it_again(
+    make_job: MakeJob, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In round 1 all answers are in time, so all are asked for again: the run is the same to the bit."""
+    job = make_job("rounds.count=1", "rounds.buffer=2", BUFFERED, NO_EVALUATION)
+    whole = run_job(job, paced(job, clock), tmp_path / "whole", Quiet())
+    clock.now = 0.0
+    crashing_at(paced(job, clock), tmp_path / "run", "closed", "1.0", monkeypatch)
+    for file in (tmp_path / "run" / "spool").rglob("*.answer"):
+        file.unlink()
+    assert same(run_job(job, paced(job, clock), tmp_path / "run", Quiet(), resume=True), whole)
+
+
+def test_who_was_refused_before_a_crash_was_refused(
+    make_job: MakeJob, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bob's answer was; after the crash it sends a good one, and sits out all the same."""
+
+    class Greedy(Pulled):
+        def answer(self, ask: Envelope, client: str) -> Envelope:
+            given = super().answer(ask, client)
+            return replace(given, header={**given.header, "weight": 9.0}) if client == "bob" and given.tensors else given
+
+    job = make_job("rounds.count=1", "rounds.buffer=2", "gate.refusals=1", "gate.sits_out=2", BUFFERED, NO_EVALUATION)
+    crashing_at(paced(job, clock, Greedy), tmp_path / "run", "refused", "1.0", monkeypatch)
+    run_job(job, paced(job, clock), tmp_path / "run", Quiet(), resume=True)
+    assert [(line["client"], line["until"]) for line in lines(tmp_path / "run", "sits_out")] == [("bob", 3)]
+
+
+def test_a_spooled_answer_that_is_refused_now_fills_no_place_of_the_buffer(
+    make_job: MakeJob, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The crash comes when ann and bob have answered; then the gate is another, and refuses ann."""
+    job = make_job("rounds.count=1", "rounds.buffer=2", BUFFERED, NO_EVALUATION)
+    crashing_at(paced(job, clock), tmp_path / "run", "answered", "1.0", monkeypatch, times=2)
+    let_in = Gatekeeper.let_in
+
+    def strict(self: Gatekeeper, envelope: Envelope, client: ClientInfo, *more: Any) -> Answer:
+        if client.id == "ann":
+            raise Refused("it is too far")
+        return let_in(self, envelope, client, *more)
+
+    monkeypatch.setattr(Gatekeeper, "let_in", strict)
+    run_job(job, paced(job, clock), tmp_path / "run", Quiet(), resume=True)
+    [closed] = lines(tmp_path / "run", "closed")
+    assert closed["answered"] == ["bob", "cy"]
 
 
 def test_only_methods_whose_round_is_one_sum_can_be_buffered(make_job: MakeJob, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,11 @@ from hypothesis import strategies as st
 from fedtune.envelope import Envelope
 from fedtune.errors import RoundFailed
 from fedtune.job import Job
+from fedtune.messages import from_record
 from fedtune.payload import Payload, Role
 from fedtune.strategy import Ask, ClientInfo, Fold
 from fedtune.wire.ends import Pending
+from server.checkpoint import Checkpoints
 from server.coordinator import RunResult, draw_cohort, run_job
 from server.exchange import SLACK
 from server.journal import read
@@ -185,6 +188,73 @@ def test_a_late_answer_that_was_journaled_counts_after_a_crash_bit_for_bit(
         assert pair.A.equal(again.state.adapter.lora[path].A)
         assert pair.B.equal(again.state.adapter.lora[path].B)
     assert again.records[1].notes[-1] == whole.records[1].notes[-1]
+
+
+class Crash(BaseException):
+    pass
+
+
+class Crashing(TimedGrid):
+    """The process ends when this ask is to be sent."""
+
+    last = "2.0"
+
+    def push_messages(self, messages: Any) -> Any:
+        messages = list(messages)
+        if any(from_record(message.content).header["ask"] == self.last for message in messages):
+            raise Crash
+        return super().push_messages(messages)
+
+
+def test_a_late_answer_whose_file_is_damaged_is_told_of(make_job: MakeJob, tmp_path: Path, clock: Clock) -> None:
+    """It counted in round 2; nobody can be asked for it once more."""
+
+    class After(Crashing):
+        last = "3.0"
+
+    job, folder = late_job(make_job), tmp_path / "run"
+    with pytest.raises(Crash):
+        run_job(job, After(clock, Pulled(job, THREE, 0.5), bob_is_slow), folder, Quiet())
+    shutil.rmtree(folder / "state" / "0002")  # so round 2 is played again, without its spool
+    again = run_job(job, TimedGrid(clock, Pulled(job, THREE, 0.5), bob_is_slow), folder, Quiet(), resume=True)
+    told = "late: what bob answers to ask 1.0 is dropped: its file in the spool is damaged or gone"
+    assert told in again.records[1].notes
+
+
+@pytest.mark.parametrize(
+    "keys", [["rounds.late=next_round"], ["rounds.late=drop"], ["rounds.mode=buffered", "rounds.late=drop"]]
+)
+def test_who_has_begun_a_round_ends_it_whatever_the_gate_says_by_then(
+    keys: list[str], make_job: MakeJob, tmp_path: Path, clock: Clock
+) -> None:
+    """As if the run had been taken up with gate.sits_out=0 for a while: cy was asked in round 2, and sits out until round 6."""
+    job, folder = make_job("rounds.count=3", "rounds.evaluate_every=1", "rounds.buffer=3", *keys), tmp_path / "run"
+    with pytest.raises(Crash):
+        run_job(job, Crashing(clock, Pulled(job, THREE), lambda client, ask: 5.0), folder, Quiet())
+    checkpoints = Checkpoints(folder / "state")
+    last = checkpoints.last()
+    assert last is not None
+    gate = {"conduct": {"refused": {"cy": 3}, "until": {"cy": 6}}, "norms": {}}
+    checkpoints.write(replace(last, notes={"undone": [], "gate": gate}))
+    clients = Pulled(job, THREE)
+    run_job(job, TimedGrid(clock, clients, lambda client, ask: 5.0), folder, Quiet(), resume=True)
+    assert [ask for client, ask in clients.asked if client == "cy"] == ["2.0", "2.evaluate"]
+
+
+def test_what_was_closed_is_not_judged_by_another_gate(make_job: MakeJob, tmp_path: Path, clock: Clock) -> None:
+    """Nothing passes this gate; what counted before it was made so tight does."""
+    keys = ("rounds.count=1", "rounds.without_quorum=wait")
+    job, folder = make_job(*keys), tmp_path / "run"
+
+    class After(Crashing):
+        last = "1.evaluate"
+
+    with pytest.raises(Crash):
+        run_job(job, After(clock, Pulled(job, THREE), lambda client, ask: 5.0), folder, Quiet())
+    job = make_job(*keys, "gate.max_norm=1e-9")
+    result = run_job(job, TimedGrid(clock, Pulled(job, THREE), lambda client, ask: 5.0), folder, Quiet(), resume=True)
+    assert number(result) == pytest.approx(sum(THREE.values()) / 3)
+    assert not lines(folder, "refused")
 
 
 @given(delays=st.lists(st.floats(0.0, 70.0), min_size=9, max_size=9), staleness=st.sampled_from([0.0, 0.5, 2.0]))

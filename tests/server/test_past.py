@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from server.journal import Entry
-from server.past import asks_in, is_over, started_in
+from server.past import asks_in, is_over, refused_in, started_in
 
 
 def answered(client: str, ask: str = "1.0", digest: str = "d") -> Entry:
@@ -59,3 +59,23 @@ def test_the_last_start_counts() -> None:
     last = started_in([Entry("started", {"run": "a"}), Entry("started", {"run": "b"}), Entry("round")])
     assert last is not None
     assert last["run"] == "b"
+
+
+def test_who_was_refused_in_a_round_is_known_whatever_the_ask() -> None:
+    """bob's answer to 1.0 came late, in round 2; a run that stopped forgives."""
+
+    def refused(client: str, ask: str) -> Entry:
+        return Entry("refused", {"ask": ask, "client": client, "reason": "odd"})
+
+    def round(number: int) -> Entry:
+        return Entry("round", {"number": number, "cohort": []})
+
+    entries = [round(1), refused("ann", "1.0"), round(2), refused("bob", "1.0"), round(2), refused("cy", "2.0")]
+    assert [refused_in(entries, number) for number in (1, 2, 3)] == [{"ann"}, {"bob", "cy"}, set()]
+    assert refused_in([*entries, Entry("stopped", {"reason": "quorum"})], 2) == set()
+
+
+def test_what_counts_is_what_was_closed() -> None:
+    opened, ended = [answered("ann"), failed("bob")], closed("ann", bob="ill")
+    assert not asks_in(opened)["1.0"].counts("ann")
+    assert [asks_in([*opened, ended])["1.0"].counts(client) for client in ("ann", "bob")] == [True, False]
