@@ -22,6 +22,7 @@ from server.journal import read
 from server.past import started_in
 from server.post import OPEN, Post, SignedPost
 from server.run_folder import JOURNAL, holds_run
+from server.serials import NAME as SERIALS
 from server.watchers import Quiet
 
 app = ServerApp()
@@ -65,6 +66,7 @@ def post_of(job: Job, keys: str, grid: Grid, run: str) -> Post:
         end_to_end=job.security.end_to_end,
         revoked={record.name: record.revoked for record in records if record.revoked},
         owner=Owners(grid, {record.node_pem(): record.name for record in records}),
+        serials=own.folder / SERIALS,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -16,6 +17,7 @@ from fedtune.envelope import Envelope
 from fedtune.errors import ClientFailed, Refused
 from fedtune.security.sealing import is_sealed, opened
 from fedtune.security.signing import ANSWER, ASK, STAMP, Stamp, signed, verified
+from server.serials import Serials
 
 LONGEST_REASON = 500  # characters of a reason that nobody has signed
 
@@ -56,17 +58,17 @@ class SignedPost:
         revoked: Mapping[str, str] | None = None,
         owner: Callable[[int], str | None] = lambda node: None,
         clock: Callable[[], int] = time.time_ns,
+        serials: Path | None = None,
     ) -> None:
-        """`owner`: the client whose node key a node has shown to the SuperLink; None where that is not known."""
+        """`owner`: the client whose node key a node has shown to the SuperLink; None where that is not known. `serials`: the
+        file that makes them grow over restarts."""
         self._signing, self._sealing, self._clients, self._revoked = signing, sealing, clients, revoked or {}
-        self._run, self._end_to_end, self._owner, self._clock = run, end_to_end, owner, clock
-        self._last = 0
+        self._run, self._end_to_end, self._owner, self._serials = run, end_to_end, owner, Serials(serials, clock)
         self._asked: dict[int, list[Stamp]] = {}  # node -> those under which its open ask was sent, the last one last
         self._names: dict[int, str] = {}  # node -> the client that introduced itself from there
 
     def out(self, node: int, ask: Envelope, again: bool = False) -> Envelope:
-        self._last = max(self._last + 1, self._clock())
-        stamp = Stamp(self._run, self._last, self._name(node) or "", self._end_to_end)
+        stamp = Stamp(self._run, self._serials.next(), self._name(node) or "", self._end_to_end)
         self._asked[node] = [*(self._asked.get(node, []) if again else []), stamp]
         return signed(ask, stamp, self._signing, ASK)
 

@@ -72,10 +72,10 @@ def test_who_was_revoked_before_the_run_is_not_among_those_who_are_heard(tmp_pat
         def get_nodes(self) -> list[NodeInfo]:
             return shown
 
-    before = post_of(small_job(), str(keys.folder), 7, Grid(2))
+    before = post_of(small_job(), str(keys.folder), Grid(2), "tiny.1")
     assert [said_by(before, bundle, node).header["client"] for node, bundle in enumerate(bundles.values())] == list(bundles)
     keys.registry.revoke("south")
-    post = post_of(small_job(), str(keys.folder), 7, Grid(2))
+    post = post_of(small_job(), str(keys.folder), Grid(2), "tiny.1")
     assert set(post._clients) == {"north"}
     assert said_by(post, bundles["north"], 0).header["client"] == "north"
     with pytest.raises(Refused, match=r"south.*revoked"):

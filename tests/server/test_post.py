@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from client.signed import Signed
 from fedtune.envelope import Envelope, WireTensor
 from fedtune.errors import ClientFailed, Refused
 from fedtune.security.sealing import sealed
@@ -56,6 +60,18 @@ def test_serials_grow_though_the_clock_stands_still_and_follow_it() -> None:
     times = iter([100, 100, 50, 900])
     post = make_post(clock=lambda: next(times))
     assert [asked(post, NORTH).serial for _ in range(4)] == [100, 101, 102, 900]
+
+
+def test_a_coordinator_that_comes_back_with_its_clock_behind_is_heard(tmp_path: Path) -> None:
+    """Its client takes no ask that is not newer than the last one."""
+    keys = SimpleNamespace(name="north", verify=SIGNING.public_key(), seal=SEALING.public_key(), signing=CLIENTS["north"])
+    inner = SimpleNamespace(answer=lambda ask: Envelope({"client": "north", "kind": ask.header["kind"]}))
+    trainer, known = Signed(inner, keys, tmp_path), {"north": CLIENTS["north"].public_key()}
+    for behind, kind in ((0, "hello"), (300 * 10**9, "train")):
+        clock = lambda behind=behind: time.time_ns() - behind  # noqa: E731
+        post = SignedPost(SIGNING, SEALING, known, "run.1", end_to_end=True, clock=clock, serials=tmp_path / "serial")
+        answer = post.back(NORTH, trainer.answer(post.out(NORTH, Envelope({"kind": kind, "ask": kind}))))
+        assert answer.header == {"client": "north", "kind": kind}
 
 
 def test_an_ask_names_its_client_once_it_is_known(post: SignedPost) -> None:
