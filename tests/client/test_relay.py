@@ -304,7 +304,7 @@ class Fake:
 
 
 def hello(seed: int) -> Envelope:
-    return Envelope({"kind": "hello", "job": {"seed": seed}})
+    return Envelope({"kind": "hello", "run": "7", "job": {"seed": seed}})
 
 
 def test_an_ask_before_any_hello_is_refused_with_words() -> None:
