@@ -13,7 +13,7 @@ READY := $(if $(ACTIVE),,$(VENV)/ready)
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz faults lint bench bench-deploy stubs
+.PHONY: help demo test fuzz faults load lint bench bench-deploy stubs
 
 help:
 	@echo "make <target>, one of:"
@@ -35,6 +35,10 @@ fuzz: $(READY)  ## bytes from anywhere for the decoders of the wire; for an hour
 
 faults: $(READY)  ## kill, starve and damage runs, a few of each kind; an hour, into docs/reliability.md: make faults FULL=1
 	OMP_NUM_THREADS=1 python -W ignore -m simulations.faults $(if $(FULL),--full --write docs/reliability.md) $(ARGS)
+
+load: $(READY)  ## 10,000 simulated clients, then 50 nodes with all their processes: time and memory; about half an hour
+	OMP_NUM_THREADS=1 python -W ignore -m simulations.load simulated $(ARGS)
+	OMP_NUM_THREADS=1 python -W ignore -m simulations.load sockets
 
 lint: $(READY)  ## format, lint, types, and the direction of the imports; changes nothing
 	ruff format --check .
