@@ -63,7 +63,7 @@ class Faults:
     def family(self, name: str, progress: Progress) -> list[Seen]:
         chance = random.Random(f"{self.seed} {name}")
         if name in ("sockets", "networks"):
-            return list(self._deployed(name, chance, progress))
+            return sorted(self._deployed(name, chance, progress), key=lambda seen: seen.fault)
         trials = [trial for method in (METHODS if name == "kills" else [FIRST]) for trial in self._trials(name, method, chance)]
         bar = progress.add_task(TITLES[name], total=len(trials))
         seen = list[Seen]()

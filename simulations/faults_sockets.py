@@ -67,7 +67,9 @@ def clocks(chance: random.Random) -> Iterator[Fault]:
 
         line = chance.choice(ASKS)
         yield Fault(f"the coordinator's clock jumps {words}", SERVER, line, jump, right, AWAY)
-        yield Fault(f"the same, and the ServerApp is killed: {words}", SERVER, line, jump_and_die, right, AWAY)
+        yield Fault(
+            f"the coordinator's clock jumps {words}, and the ServerApp is killed", SERVER, line, jump_and_die, right, AWAY
+        )
 
 
 def second_server() -> Fault:

@@ -133,6 +133,7 @@ def test_the_page_in_the_docs_has_its_marks_and_says_what_is_tried() -> None:
     page = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text(encoding="utf-8")
     assert page.count(BEGIN) == page.count(END) == 1
     assert page.index(BEGIN) < page.index(END)
+    assert all(f"`{method.partition(',')[0]}`" in page.partition(BEGIN)[0] for method in METHODS)
 
 
 class Standing(Deployment):
