@@ -15,18 +15,18 @@ Trial = Callable[[], Seen | None]
 
 def trials(simulated: Simulated, chance: random.Random, full: bool) -> list[Trial]:
     made = [
-        *at_lines(simulated),
-        *at_file_calls(simulated, chance, 20),
-        *twice(simulated, chance, 6),
-        *resuming(simulated, chance, 8),
+        *at_lines(simulated, chance),
+        *at_file_calls(simulated, chance, 12),
+        *twice(simulated, chance, 5),
+        *resuming(simulated, chance, 5),
     ]
     return made if full else chance.sample(made, 4)
 
 
-def at_lines(simulated: Simulated) -> Iterator[Trial]:
-    """All of them, at all moments."""
+def at_lines(simulated: Simulated, chance: random.Random) -> Iterator[Trial]:
+    """Before and after each, and in the midst of every third or so."""
     for number, entry in enumerate(simulated.whole.entries):
-        for moment in MOMENTS:
+        for moment in MOMENTS if chance.random() < 1 / 3 else MOMENTS[::2]:
             where = f"{moment} line {number}, {entry.what}"
             words = {"before": "before", "within": "in the midst of", "after": "after"}[moment]
             yield _trial(simulated, f"SIGKILL {words} a line of the journal", [killed_at_line(number, moment)], where)
