@@ -23,8 +23,11 @@ from fedtune.security.certificates import certificate_problem
 from fedtune.security.coordinator_keys import CoordinatorKeys
 from server.following import as_seen_anywhere
 from server.foreign import Foreign, checked_foreign
+from server.journal import read
+from server.past import started_in as started_in_run
 from server.resuming import require_resumable
-from server.run_folder import holds_run, require_free, writing
+from server.run_folder import JOURNAL, holds_run, require_free, writing
+from server.waiting import Wanted, wanted_again, wanted_of
 
 SECRET = "server.secret"  # between a SuperLink of ours and this server's other processes, new at each start
 HERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # how the machine itself reaches what listens everywhere
@@ -64,6 +67,13 @@ class Settings:
         if self.keys is None:
             return None
         return {name: bool(record.revoked) for name, record in self.keys.registry.clients().items()}
+
+    def wanted(self) -> Wanted:
+        """The clients that the run waits for. Raises UserError where they cannot come."""
+        told = started_in_run(read(self.run / JOURNAL)[0]) if self.resume and holds_run(self.run) else None
+        if told is None:
+            return wanted_of(self.job, self.registered())
+        return wanted_again(self.job, self.registered(), sorted(told["clients"]))
 
     def superlink(self) -> list[str]:
         """The command that starts it."""

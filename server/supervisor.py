@@ -29,7 +29,7 @@ from server.playing import SERVERAPP, Crashed, Playing
 from server.run_folder import holds_run
 from server.settings import SECRET, Settings
 from server.showing import Showing, shown
-from server.waiting import wait_for, wanted_of
+from server.waiting import wait_for
 
 START = 60.0  # seconds for the SuperLink to answer
 LOOK = 2.0  # seconds between looks at registry and nodes
@@ -42,7 +42,7 @@ def serve(
 ) -> None:
     """Up to the end of the run. Raises RoundFailed where it did not complete. `life`: absent is one with its own SuperLink;
     `beside` is called now and then, for what is kept alive beside it."""
-    wanted_of(settings.job, settings.registered())
+    settings.wanted()
     make_folder(settings.folder)
     if settings.foreign is None:
         os.environ.update(past_proxies(settings.listens.host))  # here too: what speaks to the SuperLink is in this process
@@ -82,7 +82,7 @@ class Server:
     def run(self) -> None:
         self._start()
         self._said.say(phase="waiting")
-        wanted = wanted_of(self._settings.job, self._settings.registered())
+        wanted = self._settings.wanted()
         clients = wait_for(wanted, self.look, self._console, self._settings.patience)
         there = wanted.there(clients)
         self._tell(f"connected: {', '.join(there)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -13,19 +13,22 @@ from rich.text import Text
 
 from fedtune.errors import RoundFailed, UserError, nearest
 from fedtune.job import Job
+from server import quorum
 from server.enrolment import Standing
 from server.report_units import duration, one_line
 
 POLL = 0.5  # seconds
+RETURN = 60.0  # seconds in which those who were there before can come back, before fewer will do
 SHOWN = 8  # names in one line
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """`names`: these clients; else any `count` of them; else all that are registered."""
+    """`names`: these clients; else any `count` of them; else all that are registered. `least`: as many will do after RETURN."""
 
     names: tuple[str, ...] = ()
     count: int | None = None
+    least: int | None = None
 
     def missing(self, clients: Mapping[str, Standing]) -> list[str]:
         """Who is waited for, by name; where any of them will do, all that are not there."""
@@ -38,8 +41,9 @@ class Wanted:
     def number(self, clients: Mapping[str, Standing]) -> int:
         return len(self.names) or self.count or sum(standing != "revoked" for standing in clients.values())
 
-    def enough(self, clients: Mapping[str, Standing]) -> bool:
-        return 0 < self.number(clients) <= len(self.there(clients))
+    def enough(self, clients: Mapping[str, Standing], after_a_while: bool = False) -> bool:
+        number = self.least if after_a_while and self.least else self.number(clients)
+        return 0 < number <= len(self.there(clients))
 
 
 def wanted_of(job: Job, registered: Mapping[str, bool] | None) -> Wanted:
@@ -64,16 +68,32 @@ def wanted_of(job: Job, registered: Mapping[str, bool] | None) -> Wanted:
     return wanted
 
 
+def wanted_again(job: Job, registered: Mapping[str, bool] | None, started: Sequence[str]) -> Wanted:
+    """By a run that goes on: all who began it and were not revoked since, or a quorum, as in any of its rounds."""
+    buffered = job.rounds.mode == "buffered"
+    least = quorum.quorum(job, (quorum.buffered if buffered else quorum.wanted)(job, len(started)))
+    if registered is None:
+        return Wanted(count=len(started), least=least)
+    welcome = tuple(name for name in started if not registered.get(name, True))
+    if len(welcome) < least:
+        raise UserError(
+            f"the run cannot go on: it needs {least} of its {len(started)} clients (rounds.quorum), and {len(welcome)} are "
+            "registered and not revoked; `fedtune keys rotate client NAME` gives one new keys, `fedtune keys list` shows all"
+        )
+    return Wanted(welcome, least=least)
+
+
 def wait_for(
     wanted: Wanted, look: Callable[[], Mapping[str, Standing] | None], console: Console, patience: float | None
 ) -> Mapping[str, Standing]:
     """The clients once they are enough. `look` returns None while nobody can say. Raises RoundFailed after `patience`."""
     began, clients = time.monotonic(), dict[str, Standing]()
+    a_while = RETURN if patience is None else min(RETURN, patience)
     with Line(console) as line:
         while True:
             if (now := look()) is not None:
                 clients = dict(now)
-                if wanted.enough(clients):
+                if wanted.enough(clients, time.monotonic() - began >= a_while):
                     return clients
             waited = time.monotonic() - began
             line.say(state_of(wanted, clients), waited)

@@ -15,7 +15,7 @@ from fedtune.security.handover import make_client_keys
 from fedtune.security.registry import ClientRecord, Registry
 from server.enrolment import Anybody, Enrolment, Standing
 from server.flower_control import Node
-from server.waiting import Wanted, state_of, wait_for, wanted_of
+from server.waiting import RETURN, Wanted, state_of, wait_for, wanted_again, wanted_of
 
 
 class Nodes:
@@ -137,6 +137,17 @@ def test_whom_a_job_wants() -> None:
         wanted_of(job(), None)
 
 
+def test_a_run_that_goes_on_wants_who_began_it_and_was_not_revoked() -> None:
+    """Even where the job names one that was. A quorum of four fifths: of three clients all, of two of each round two."""
+    began, registered = ["north", "south", "west"], {"north": False, "south": False, "west": True, "east": False}
+    two = checked_job({"clients": {"names": began}, "rounds": {"quorum": 0.8, "clients": 2}}, "this test")
+    all_three = checked_job({"clients": {"names": began}, "rounds": {"quorum": 0.8}}, "this test")
+    assert wanted_again(two, registered, began) == Wanted(("north", "south"), least=2)
+    assert wanted_again(two, None, began) == Wanted(count=3, least=2)
+    with pytest.raises(UserError, match=r"needs 3 of its 3 clients .* 2 are registered and not revoked; `fedtune keys rotate"):
+        wanted_again(all_three, registered, began)
+
+
 CLIENTS: dict[str, Standing] = {"a": "connected", "b": "missing", "c": "revoked", "d": "connected"}
 
 
@@ -185,6 +196,18 @@ def test_the_wait_ends_when_the_last_has_come_and_says_only_what_is_new(
         "waiting: 0 of 2 clients connected; missing: a, b",
         "waiting: 1 of 2 clients connected; here: a; missing: b",
     ]
+
+
+def test_after_a_while_a_quorum_of_those_who_were_there_before_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are waited for first; two of three, or three where they are wanted, at most for as long as --wait says."""
+    clock, all_three = Clock(monkeypatch), ("a", "b", "d")
+    assert wait_for(Wanted(all_three, least=2), lambda: CLIENTS, Console(), None) == CLIENTS
+    assert RETURN <= clock.now <= RETURN + 0.5
+    clock.now = 0.0
+    assert wait_for(Wanted(all_three, least=2), lambda: CLIENTS, Console(), 5.0) == CLIENTS
+    assert clock.now == 5.0
+    with pytest.raises(RoundFailed, match="2 of 3 clients connected"):
+        wait_for(Wanted(all_three, least=3), lambda: CLIENTS, Console(), 2 * RETURN)
 
 
 def test_patience_ends_with_the_names_of_those_who_did_not_come(monkeypatch: pytest.MonkeyPatch) -> None:

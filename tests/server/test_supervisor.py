@@ -32,6 +32,7 @@ from server.records import RoundRecord
 from server.run_folder import RunFolder
 from server.settings import Settings, checked, require_port, require_writable
 from server.supervisor import Server
+from server.waiting import Wanted
 
 
 class Played:
@@ -369,6 +370,11 @@ def test_a_run_goes_on_with_the_job_that_it_began_with(tmp_path: Path, job_file:
         again("train.lr=0.5")
     with pytest.raises(RunFolderError, match=r"already holds a run; .* --resume"):
         again(resume=False)
+    assert settings.wanted() == Wanted(count=3)  # nobody had introduced himself
+    told = {"examples": 5, "rank": 4, "scale": 1.0, "limits": {}}
+    about = {"run": "tiny.1", "clients": dict.fromkeys(("ann", "bob", "cy"), told), "nodes": {"ann": 1, "bob": 2, "cy": 3}}
+    (run / "journal.jsonl").write_bytes(line_of(Entry("started", about), 0.0))
+    assert again("rounds.quorum=0.5").wanted() == Wanted(count=3, least=2)
     assert again("name=other").job.clients.count is None  # there is none yet
 
 
