@@ -39,7 +39,7 @@ def main(grid: Grid, context: Context) -> None:
     config = context.run_config
     job, folder, resume = job_of(str(config["job"])), Path(str(config["folder"])), bool(config.get("resume"))
     if resume and holds_run(folder):
-        await_the_same(grid, folder)
+        await_the_same(grid, folder, str(config.get("keys", "")))
     else:
         wait_for_clients(grid, job.clients.count or 1, job.rounds.timeout)
     run_job(job, grid, folder, Quiet(), post_of=partial(post_of, job, str(config.get("keys", "")), grid), resume=resume)
@@ -84,13 +84,15 @@ class Owners:
         return self._known.get(node)
 
 
-def await_the_same(grid: Grid, folder: Path) -> None:
-    """The clients that the run has had: after a crash of the SuperLink they come back within seconds. Not for ever: a round
-    that is taken up again can do without some, as any round can."""
+def await_the_same(grid: Grid, folder: Path, keys: str = "") -> None:
+    """The clients that the run has had, save those that were revoked: after a crash of the SuperLink they come back within
+    seconds. Not for ever: a round that is taken up again can do without some, as any round can."""
     started = started_in(read(folder / JOURNAL)[0])
     if started:
+        records = CoordinatorKeys.registry_in(Path(keys)).clients().values() if keys else ()
+        gone = {record.name for record in records if record.revoked}
         with suppress(RoundFailed):
-            wait_for_clients(grid, len(started["clients"]), PATIENCE)
+            wait_for_clients(grid, len(started["clients"].keys() - gone), PATIENCE)
 
 
 def wait_for_clients(grid: Grid, wanted: int, timeout: float) -> None:

@@ -25,8 +25,10 @@ from server.exchange import Reply
 from server.federation import Federation
 from server.gatekeeper import GateMemory
 from server.late import Awaited
+from server.meeting import wants_hello
 from server.past import Asked
 from server.records import RoundRecord
+from server.roll import PATIENCE
 from server.round import Round, Selected
 from server.run_folder import RunFolder
 
@@ -46,6 +48,7 @@ class BufferedRound(Round):
     ) -> None:
         super().__init__(federation, run, number, (), past, undone, gate)
         self._able, self._asked = list(clients), set[str]()  # who may be asked, and who was asked what is open
+        self._hailed = set[str]()  # clients that were told the job again
         self._staleness = dict[str, int]()  # of what was folded, by client
 
     def evaluate(self, state: ServerState) -> ServerState:
@@ -128,7 +131,7 @@ class BufferedRound(Round):
         self.tally.joins(client)
         if reply.carried is not None:
             self._costs[client] = self.tally.came(client, reply.carried, reply.envelope)
-        if federation.wire.arrived(client, reply.envelope, one.pending):
+        if federation.wire.arrived(client, reply.envelope, one.pending) or self._greeted(client, reply.envelope):
             self._send([client], ask, ask_id)  # it has another version than was thought: it is sent everything
             return
         if reply.envelope is None:
@@ -145,6 +148,13 @@ class BufferedRound(Round):
             self._late.counted[client] = {"ask": one.ask_id, "rounds": self.number - one.round}
             federation.watcher.doing(ask.kind, self._own + 1, self._size)
             yield client, envelope
+
+    def _greeted(self, client: str, envelope: Envelope | None) -> bool:
+        """Whether it has heard another run since, or lost its job, and was told this one; once in a round."""
+        if envelope is None or not wants_hello(envelope) or client in self._hailed:
+            return False
+        self._hailed.add(client)
+        return bool(self._federation.roll.greet([client], PATIENCE))
 
     def _waited(self, pauses: Iterator[float]) -> bool:
         """Nobody is at work who could fill the buffer: whether those who failed are to be asked again."""

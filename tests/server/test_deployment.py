@@ -24,8 +24,9 @@ from fedtune.security.coordinator_keys import CoordinatorKeys
 from fedtune.security.handover import Bundle, make_bundle
 from fedtune.security.sealing import sealed
 from fedtune.security.signing import ANSWER, ASK, Stamp, signed, verified
-from server.app import job_of, post_of, wait_for_clients
+from server.app import await_the_same, job_of, post_of, wait_for_clients
 from server.bundle import make_bundle as make_fab
+from server.journal import Entry, line_of
 from server.post import Post
 from server.records import RoundRecord
 from server.report_folder import read_run
@@ -106,6 +107,20 @@ def test_clients_that_do_not_come_end_the_run_with_their_number(monkeypatch: pyt
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     with pytest.raises(RoundFailed, match="2 of 3 clients connected within 5 s"):
         wait_for_clients(Nodes(most=2), wanted=3, timeout=5)
+
+
+def test_who_was_revoked_is_not_waited_for_when_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = CoordinatorKeys.init(tmp_path / "keys", ["north", "south"], "localhost:8000")
+    for name in ("north", "south"):
+        make_bundle(keys, name)
+    keys.registry.revoke("south")
+    own = {"examples": 5, "rank": 4, "scale": 1.0, "limits": {}}
+    about = {"run": "tiny.1", "clients": {"north": own, "south": own}, "nodes": {"north": 1, "south": 2}}
+    (tmp_path / "journal.jsonl").write_bytes(line_of(Entry("started", about), 0.0))
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    await_the_same(Nodes(most=1), tmp_path, str(keys.folder))
+    assert slept == [0.05]
 
 
 def test_the_job_comes_from_the_run_s_config() -> None:

@@ -51,6 +51,15 @@ def test_it_takes_part_again(lost: str, wire: str, make_job: MakeJob, tmp_path: 
     assert [record.clients["ann"].failed for record in result.records] == [None] * len(result.records)
 
 
+def test_in_buffered_rounds_too(make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job(*JOB, "rounds.mode=buffered", "rounds.buffer=2", "wire.preset=plain", "rounds.evaluate_every=0")
+    result, heard = played(job, tmp_path / "run", "2.0")
+    assert heard[heard.index("2.0") :][:3] == ["2.0", "hello", "2.0"]
+    assert [record.clients["ann"].failed for record in result.records] == [None] * len(result.records)
+    _, heard = played(job, tmp_path / "other", "1.0", learns=False)
+    assert (heard.count("hello"), heard.count("1.0")) == (2, 2)
+
+
 def test_once_for_each_ask_and_no_more(make_job: MakeJob, tmp_path: Path) -> None:
     result, heard = played(make_job(*JOB), tmp_path / "run", "1.0", learns=False)
     assert heard[heard.index("1.0") :][:3] == ["1.0", "hello", "1.0"]
