@@ -18,6 +18,7 @@ from fedtune.envelope import Envelope, WireTensor
 from fedtune.errors import ClientFailed, Refused
 from fedtune.security.sealing import sealed
 from fedtune.security.signing import ANSWER, ASK, SIGNATURE, STAMP, Stamp, digest, signed, verified
+from server.meeting import wants_hello
 from server.post import LONGEST_REASON, SignedPost
 
 SIGNING, SEALING = Ed25519PrivateKey.generate(), X25519PrivateKey.generate()
@@ -72,6 +73,27 @@ def test_a_coordinator_that_comes_back_with_its_clock_behind_is_heard(tmp_path: 
         post = SignedPost(SIGNING, SEALING, known, "run.1", end_to_end=True, clock=clock, serials=tmp_path / "serial")
         answer = post.back(NORTH, trainer.answer(post.out(NORTH, Envelope({"kind": kind, "ask": kind}))))
         assert answer.header == {"client": "north", "kind": kind}
+
+
+def test_a_trainer_that_heard_another_run_says_so_under_its_signature(tmp_path: Path) -> None:
+    """Nobody else can make the coordinator say hello; after it the client is in the run again."""
+    keys = SimpleNamespace(name="north", verify=SIGNING.public_key(), seal=SEALING.public_key(), signing=CLIENTS["north"])
+    trainer = Signed(SimpleNamespace(answer=lambda ask: plain("north")), keys, tmp_path)
+    known, again = {"north": CLIENTS["north"].public_key()}, tmp_path / "serial"
+    posts = {run: SignedPost(SIGNING, SEALING, known, run, end_to_end=True, serials=again) for run in ("a", "b")}
+
+    def told(run: str, kind: str) -> Envelope:
+        return posts[run].back(NORTH, trainer.answer(posts[run].out(NORTH, Envelope({"kind": kind, "ask": kind}))))
+
+    said = [wants_hello(told(*ask)) for ask in (("a", "hello"), ("b", "hello"))]
+    posts["a"] = SignedPost(SIGNING, SEALING, known, "a", end_to_end=True, serials=again)  # the run goes on
+    assert [*said, *(wants_hello(told("a", kind)) for kind in ("train", "hello", "train"))] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_an_ask_names_its_client_once_it_is_known(post: SignedPost) -> None:
