@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import UserError
+from fedtune.errors import MALFORMED, UserError
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Diary:
             stored = json.loads(file.read_text(encoding="utf-8"))
             rounds = {key: {ask: _used(one) for ask, one in asks.items()} for key, asks in stored["rounds"].items()}
             self._day, self._rounds = str(stored["day"]), rounds
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, *MALFORMED) as error:
             raise UserError(
                 f"{file} cannot be read ({type(error).__name__}: {error}); without it today's rounds are not known: delete "
                 "it to count them from 0"

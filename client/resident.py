@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from client.transport import failure, unknown_run
 from fedtune import durable
 from fedtune.envelope import Envelope
-from fedtune.errors import FedtuneError, UserError
+from fedtune.errors import MALFORMED, FedtuneError, UserError
 
 log = logging.getLogger("fedtune.trainer")
 
@@ -81,5 +81,5 @@ class Resident:
         try:
             kept = json.loads(file.read_text(encoding="utf-8"))
             return kept["run"], kept["job"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, *MALFORMED):
             return None, None

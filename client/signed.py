@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 from client.transport import failure, unknown_run
 from fedtune import durable
 from fedtune.envelope import Envelope
-from fedtune.errors import Refused, UserError
+from fedtune.errors import MALFORMED, Refused, UserError
 from fedtune.security.sealing import sealed
 from fedtune.security.signing import ANSWER, ASK, SIGNATURE, Stamp, signed, verified
 
@@ -126,7 +126,7 @@ class Heard:
             try:
                 stored = json.loads(file.read_text(encoding="utf-8"))
                 self.run, self.serial, self._ask = str(stored["run"]), int(stored["serial"]), str(stored["ask"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, *MALFORMED) as error:
                 raise UserError(
                     f"{file} cannot be read ({error}); without it old asks could be played again. Delete it when the "
                     "coordinator has started a new run"

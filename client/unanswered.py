@@ -8,6 +8,8 @@ import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from fedtune.errors import MALFORMED
+
 log = logging.getLogger("fedtune.relay")
 OPEN = "open-task.json"
 
@@ -61,5 +63,5 @@ def _read(file: Path) -> Left | None:
         left = Left(str(kept["token"]), str(kept["came"]), int(kept["brought"]))
         bytes.fromhex(left.came)
         return left
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, *MALFORMED):
         return None

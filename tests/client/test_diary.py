@@ -58,7 +58,11 @@ def test_names_of_runs_do_not_make_it_long(tmp_path: Path) -> None:
     assert file.stat().st_size < 200
 
 
-@pytest.mark.parametrize("broken", ["", "{", "[]", '{"day": "2026-03-01", "rounds": [1]}', '{"day": "2026-03-01"}', BEFORE])
+ENDLESS = '{"day": "2026-03-01", "rounds": {"r": {"a": {"steps": Infinity, "seconds": 0, "times": 1}}}}'
+BROKEN = ["", "{", "[]", '{"day": "2026-03-01", "rounds": [1]}', '{"day": "2026-03-01"}', BEFORE, ENDLESS, "[" * 100_000]
+
+
+@pytest.mark.parametrize("broken", BROKEN)
 def test_a_broken_one_is_not_taken_for_an_empty_one(broken: str, tmp_path: Path) -> None:
     file = tmp_path / "diary.json"
     file.write_text(broken)

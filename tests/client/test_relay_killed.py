@@ -251,6 +251,8 @@ def test_what_is_kept_is_for_this_user_alone_and_a_full_disk_is_no_reason_to_sto
     kept.brought(b"came")
     assert Unanswered(folder / "open.json").left() == Left("token", b"came".hex(), 1)
     assert (folder / "open.json").stat().st_mode & 0o777 == 0o600
+    (folder / "open.json").write_text('{"token": "token", "came": "", "brought": Infinity}')
+    assert Unanswered(folder / "open.json").left() is None
     nowhere = Unanswered(folder / "no" / "open.json")
     nowhere.keep(Left("token"))
     assert nowhere.left() == Left("token")

@@ -206,8 +206,9 @@ def test_a_refused_ask_changes_nothing_on_disk(door: Signed, tmp_path: Path) -> 
     assert (stored["run"], stored["serial"], len(stored["ask"])) == ("run.1", NOW + 1, 64)
 
 
-def test_a_file_that_cannot_be_read_stops_the_trainer_before_it_listens(tmp_path: Path, trainer: Trainer) -> None:
-    (tmp_path / "heard.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"run": "run.1", "serial": Infinity, "ask": ""}'])
+def test_a_file_that_cannot_be_read_stops_the_trainer_before_it_listens(text: str, tmp_path: Path, trainer: Trainer) -> None:
+    (tmp_path / "heard.json").write_text(text)
     with pytest.raises(UserError, match=r"heard\.json cannot be read"):
         Signed(trainer, KEYS, tmp_path)
 
