@@ -103,6 +103,16 @@ def exchange(
     yield from (Reply(node, None, AWAY) for node in open_asks.away)
 
 
+class Again:
+    """What can be gone through as often as one likes, and is not made before."""
+
+    def __init__(self, make: Callable[[], Iterator[str]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[str]:
+        return self._make()
+
+
 class Asks:
     """Messages under way, and nodes that could not be reached. A node has one ask at a time."""
 
@@ -211,7 +221,8 @@ class Asks:
         nodes `but`."""
         if not self._before and next(self._open(but), None) is None:
             return []
-        return list(patiently(lambda: self._grid.pull_messages(chain(self._before, (id for id, _ in self._open(but))))))
+        messages = Again(lambda: chain(self._before, (id for id, _ in self._open(but))))
+        return list(patiently(lambda: self._grid.pull_messages(messages)))
 
     def reply(self, message: Message) -> Reply | None:
         """None of a message that nobody waits for, of a node that can be asked again, and of one that has answered another."""

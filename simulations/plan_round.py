@@ -109,7 +109,8 @@ class SelectiveRound:
         return answer
 
     def _header(self, step: str) -> dict[str, Any]:
-        return {"ask": step, "run": self._trainer.job.name, "round": 1, "base": self._model.adapter.base}
+        run = f"{self._trainer.job.name}.{16 * '0'}"  # as long as the name of a run
+        return {"ask": step, "run": run, "round": 1, "base": self._model.adapter.base}
 
     def _planned(self, known: ClientPlan, info: ClientInfo, state: ServerState, ask: Ask) -> ClientPlan:
         names, parts = ask.tensors[info.id], self.parts

@@ -306,7 +306,7 @@ def test_the_command_goes_there(
     run_command: Callable[..., tuple[int, str, str]], keys: CoordinatorKeys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served: list[tuple[Settings, type]] = []
-    monkeypatch.setattr("server.supervisor.serve", lambda given, console, life: served.append((given, life)))
+    monkeypatch.setattr("server.supervisor.serve", lambda given, console, life, beside: served.append((given, life)))
     monkeypatch.setattr("server.commands.say_where", lambda run: None)
     words = ("--dir", tmp_path / "srv", "--superlink", keys.address, "--keys", keys.folder)
     assert run_command("server", "demo", *words)[0] == 0

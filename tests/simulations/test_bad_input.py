@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from fedtune import peft_folder
+from fedtune import durable, peft_folder
 from fedtune.paths import app_root
 from fedtune.peft_folder import read_adapter
 
@@ -273,7 +273,7 @@ def finished(run_command: Callable[..., tuple[int, str, str]], job_file: Path, t
 def test_a_folder_that_already_holds_a_run(complaint: Refused, finished: Path, job_file: Path) -> None:
     before = held(finished)
     said = complaint("simulate", job_file, "--out", finished)
-    assert f"{finished} already holds a run; name another folder: --out {finished}-2" in said
+    assert f"{finished} already holds a run; go on with it: --resume, or name another folder: --out {finished}-2" in said
     assert held(finished) == before
 
 
@@ -301,10 +301,10 @@ def raising(*_: object, **__: object) -> None:
 
 
 def test_a_disk_that_is_full_from_the_start(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "write_text", raising)
+    monkeypatch.setattr(durable, "write", raising)
     said = refused()
     assert "no space left on the disk of" in said
-    assert "bytes free): free some, or type --out with another" in said
+    assert "bytes free): make room, then go on with --resume" in said
 
 
 def test_a_disk_that_fills_up_keeps_the_rounds_before(
@@ -324,7 +324,8 @@ def test_a_disk_that_fills_up_keeps_the_rounds_before(
     assert os.readlink(tmp_path / "run" / "adapter") == "rounds/0001/adapter"
     read_adapter(tmp_path / "run" / "adapter")
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left == {"adapter", "events", "job.toml", "metrics.jsonl", "rounds"}
+    for_resuming = {"journal.jsonl", "lock", "spool", "state"}
+    assert left == {"adapter", "events", "job.toml", "metrics.jsonl", "rounds"} | for_resuming
     assert [path.name for path in (tmp_path / "run" / "rounds").iterdir()] == ["0001"]
 
 

@@ -299,11 +299,11 @@ def test_a_full_disk_at_any_line_of_the_journal_ends_in_one_line(
     for line in range(14):
         written, folder = [0], tmp_path / str(line)
 
-        def full(self: Journal, data: bytes, written: list[int] = written, last: int = line) -> None:
+        def full(self: Journal, data: bytes, soon: bool, written: list[int] = written, last: int = line) -> None:
             written[0] += 1
             if written[0] > last:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            append(self, data)
+            append(self, data, soon)
 
         with monkeypatch.context() as patch:
             patch.setattr(Journal, "_append", full)
