@@ -197,10 +197,15 @@ def rounds(preset: str, modules: int = MODULES) -> list[Ratio]:
 
 
 class OneForAll(Spool):
-    """Every client's answer is Ann's, read from the disk each time."""
+    """Every client's answer is Ann's, read from the disk each time; its digest, which lies beside it, too."""
 
-    def get(self, client: str) -> Envelope:
-        return super().get(ANN.id)
+    def get(self, client: str, digest: str) -> Envelope:
+        return super().get(ANN.id, (self._folder / "digest").read_text())
+
+    def put(self, client: str, envelope: Envelope) -> str:
+        digest = super().put(client, envelope)
+        (self._folder / "digest").write_text(digest)
+        return digest
 
 
 def spool(preset: str, folder: str, modules: int = MODULES) -> None:
@@ -219,7 +224,8 @@ def fold(preset: str, folder: str, modules: int = MODULES) -> tuple[int, int]:
 
 def mean_of(ends: Ends, folder: str, count: int) -> Payload:
     weights = {str(number): 1.0 for number in range(count)}
-    return SpooledAnswers(OneForAll(Path(folder)), weights, Fold.SUM, lambda _, envelope: ends.read(envelope)).mean()
+    answers = OneForAll(Path(folder)), dict.fromkeys(weights, ""), weights, Fold.SUM
+    return SpooledAnswers(*answers, lambda _, envelope: ends.read(envelope)).mean()
 
 
 def peak_beyond(work: Callable[[], Any]) -> int:
