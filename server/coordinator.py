@@ -212,6 +212,7 @@ def _settled(run: Opened, round: Round, after: Stand) -> Stand:
     with writing(run.folder.path):
         run.folder.checkpoints.write(after.checkpoint(run.federation.run))
     run.write("state", round=round.number)
+    run.federation.journal.forget(round.number)
     record = after.records[-1]
     run.folder.log(record)
     run.federation.watcher.round_ended(record)

@@ -3,7 +3,8 @@
     8c1f0a3e {"what":"answered","ask":"7.0","client":"north","digest":"…"}
 
 A line is the CRC of its text, a space, the text, a newline. A crash can leave the last line half written, a bad disk any of
-them damaged: all before the first such line holds, the rest is cut off and happens again.
+them damaged: all before the first such line holds, the rest is cut off and happens again. Lines about answers wait for the
+next other line, as a disk needs milliseconds to be sure; a power cut may take them, and then the clients are asked again.
 
     started    run, clients               they have introduced themselves
     round      number, cohort             drawn
@@ -27,6 +28,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,8 @@ class Entry:
 
 
 class Journal:
-    """`write` returns when the line is on the disk. Whoever has it open must be the only one (server/lock.py)."""
+    """`write` returns when the line is on the disk with all before it; with `soon` it waits for the next. Whoever has it open
+    must be the only one (server/lock.py)."""
 
     def __init__(
         self,
@@ -66,18 +69,25 @@ class Journal:
         if new:
             durable.sync(file.parent)
 
-    def write(self, what: str, **about: Any) -> None:
+    def write(self, what: str, soon: bool = False, **about: Any) -> None:
         """Where the disk is full, the line is not there, nor a part of it."""
         entry = Entry(what, about)
         with self._writing():
-            self._append(line_of(entry, self._clock()))
+            self._append(line_of(entry, self._clock()), soon)
         self.entries.append(entry)
 
-    def _append(self, line: bytes) -> None:
+    def forget(self, round: int) -> None:
+        """This round and those before are settled: nobody goes back to them in this process. The file keeps all."""
+        begun = accumulate((entry["number"] if entry.what == "round" else -1 for entry in self.entries), max)
+        told = zip(self.entries, begun, strict=True)
+        self.entries = [entry for entry, number in told if number > round or entry.what == "started"]
+
+    def _append(self, line: bytes, soon: bool) -> None:
         end = os.fstat(self._file).st_size
         try:
             _write_all(self._file, line)
-            os.fsync(self._file)
+            if not soon:
+                os.fsync(self._file)
         except BaseException:
             os.ftruncate(self._file, end)
             raise

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from fedtune.job import Job
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ClientRecord:
     """One client in one round, of training and evaluation both. Bytes are tensors and header; of what is not known of older
     runs, 0."""
@@ -79,7 +79,7 @@ class RoundRecord:
         """Whoever reads it adds up, compares, and sorts."""
         figures = [self.loss, self.seconds, *self.metrics.values(), *self.layer_errors.values()]
         figures += [share for layers in self.selected.values() for share in layers.values()]
-        told = [vars(client) for client in self.clients.values()]
+        told = [asdict(client) for client in self.clients.values()]
         figures += [value for client in told for name, value in client.items() if name != "failed"]
         words = [*self.notes, *(client["failed"] for client in told if client["failed"] is not None)]
         return type(self.round) is int and all(map(_is_figure, figures)) and all(isinstance(word, str) for word in words)

@@ -94,6 +94,8 @@ class Round(Asking):
         if not self._past_of(ask_id).closed:
             refused, reasons = self.gate.refused, self.tally.reasons
             failed = {client: {"reason": why, "refused": client in refused} for client, why in reasons.items()}
+            with writing(self._run.path):
+                self._spool(ask_id).settle()
             self._federation.journal.write("closed", ask=ask_id, answered=sorted(answered), failed=failed)
 
     def _admitted(self, clients: Sequence[str], ask: Ask, ask_id: str) -> Iterator[tuple[str, Answer]]:
@@ -123,7 +125,7 @@ class Round(Asking):
                 yield client, answer
 
     def _keep(self, client: str, ask_id: str, envelope: Envelope) -> None:
-        """In the spool, then in the journal: then it counts."""
+        """In the spool, then in the journal; both are on the disk when the ask is closed, and then it counts."""
         if client in self._digests:
             return  # it lay there
         with writing(self._run.path):
@@ -131,7 +133,7 @@ class Round(Asking):
             about: dict[str, Any] = {"cost": asdict(self._costs.get(client, Cost()))}
             about |= {"whole": True} if client in self._whole else {}
             about |= {"late": self._late.counted[client]} if client in self._late.counted else {}
-            self._federation.journal.write("answered", ask=ask_id, client=client, digest=digest, **about)
+            self._federation.journal.write("answered", soon=True, ask=ask_id, client=client, digest=digest, **about)
 
     def _decoding(self, ask: Ask) -> Callable[[str, Envelope], Answer]:
         """How the wire reads a client's answer: no more numbers than it can have been asked for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedtune.wire.ledger import Cost
 from server.journal import Entry, Journal, entry_of, line_of, read
 from server.journal_lines import MUST
 
@@ -133,3 +135,36 @@ def test_whatever_a_client_says_of_itself_the_run_can_be_taken_up(claimed: float
     client = {"examples": 1, "rank": 1, "scale": claimed, "limits": {"memory": claimed}}
     started = Entry("started", {"run": "demo.0", "clients": {"ann": client}, "nodes": {"ann": 2**64 - 1}})
     assert entry_of(line_of(started, 0.0)) is not None
+
+
+def test_a_line_that_may_wait_is_synced_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, synced, sync = tmp_path / "journal", list[int](), os.fsync
+    journal = Journal(file)
+
+    def noted(opened: int) -> None:
+        synced.append(os.fstat(opened).st_size)
+        sync(opened)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    for client in ("ann", "bob"):
+        journal.write("answered", soon=True, ask="1.0", client=client, digest="d", cost=asdict(Cost()))
+    assert synced == []
+    journal.write("closed", ask="1.0", answered=["ann", "bob"], failed={})
+    journal.close()
+    assert synced == [file.stat().st_size]  # one call, when all three lines were in the file
+    assert [entry.what for entry in read(file)[0]] == ["answered", "answered", "closed"]
+
+
+def test_rounds_that_are_settled_are_forgotten_and_stay_in_the_file(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.write("started", run="run", clients={}, nodes={})
+    for number in (1, 2):
+        journal.write("round", number=number, cohort=["ann"])
+        journal.write("published", round=number)
+    journal.forget(1)
+    assert [(entry.what, *entry.about.values())[:2] for entry in journal.entries[1:]] == [("round", 2), ("published", 2)]
+    assert journal.entries[0].what == "started"
+    journal.forget(2)
+    journal.close()
+    assert [entry.what for entry in journal.entries] == ["started"]
+    assert len(read(tmp_path / "journal")[0]) == 5

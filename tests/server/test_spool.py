@@ -170,3 +170,32 @@ def test_a_spool_is_gone_also_when_ctrl_c_comes_while_it_is_cleared(tmp_path: Pa
     with pytest.raises(KeyboardInterrupt):
         spool.clear()
     assert not (tmp_path / "spool").exists()
+
+
+def test_each_answer_is_on_the_disk_when_the_spool_is_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, sync = set[str](), os.fsync
+
+    def noted(opened: int) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{opened}"))
+        sync(opened)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    spool = Spool(tmp_path / "spool")
+    spool.settle()  # nothing came
+    for name in NAMES:
+        spool.put(name, envelope(vector(1.0)))
+    assert synced == set()
+    spool.settle()
+    assert synced == {str(path) for path in [tmp_path / "spool", *(tmp_path / "spool").iterdir()]}
+
+
+def test_a_disk_that_fails_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = Spool(tmp_path / "spool")
+    spool.put("ann", envelope(vector(1.0)))
+
+    def broken(opened: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        spool.settle()
