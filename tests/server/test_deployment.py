@@ -137,7 +137,7 @@ def test_the_bundle_holds_no_code_and_declares_what_a_run_may_set(tmp_path: Path
     assert [file.name for file in folder.iterdir()] == ["pyproject.toml"]
     app = tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     assert app["components"] == {"serverapp": "server.app:app", "clientapp": "client.app:app"}
-    assert app["config"] == {"job": "", "folder": "", "keys": ""}
+    assert app["config"] == {"job": "", "folder": "", "keys": "", "resume": ""}
 
 
 class Deployed:

@@ -40,7 +40,7 @@ class Forgetful(Quiet):
 
     def round_ended(self, record: RoundRecord) -> None:
         if record.round == 1:
-            del self._trainer._memory[self._client]
+            self._trainer._memories.reread(self._client)  # which lies nowhere else
 
 
 def test_a_broadcast_that_is_sent_again_counts_again(make_job: MakeJob, tmp_path: Path) -> None:
