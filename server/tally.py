@@ -14,6 +14,7 @@ from server.report_units import one_line
 
 LONGEST = 1e7  # seconds of work in one round that are believed: four months
 LONGEST_REASON = 600  # characters
+NO_REASON = "it gave no reason"
 
 
 class Tally:
@@ -52,7 +53,8 @@ class Tally:
         self.clients[client] = replace(self.clients[client], failed=None)
 
     def failed(self, client: str, reason: str) -> None:
-        self.clients[client] = replace(self.clients[client], failed=one_line(reason, LONGEST_REASON))
+        told = one_line(reason, LONGEST_REASON) or NO_REASON
+        self.clients[client] = replace(self.clients[client], failed=told)
 
     def able(self, clients: Iterable[str]) -> list[str]:
         """Those of them that have not failed in this round."""

@@ -161,3 +161,11 @@ def test_a_failure_keeps_what_was_counted_before() -> None:
     tally.sent("ann", envelope(5), NOTHING)
     tally.failed("ann", "no answer")
     assert (tally.clients["ann"].bytes_down, tally.clients["ann"].failed) == (7, "no answer")
+
+
+@pytest.mark.parametrize("reason", ["", " ", "\n"])
+def test_who_gives_no_reason_has_failed_all_the_same(reason: str) -> None:
+    tally = Tally(["ann", "bob"])
+    tally.failed("ann", reason)
+    assert tally.able(["ann", "bob"]) == ["bob"]
+    assert tally.reasons == {"ann": "it gave no reason"}
