@@ -74,7 +74,7 @@ class Kept:
         """From what is there to what shall be. Raises OSError, and leaves what was there."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            missing = [file for file in after.files() if file in makers and not (self.folder / file).exists()]
+            missing = [file for file in after.files() if file in makers and not self._has(file, before)]
             for file in missing:
                 self._put(file, makers[file])
             if missing:
@@ -84,6 +84,10 @@ class Kept:
             self._put_back(before, after)
             raise
         self._sweep(after)
+
+    def _has(self, file: str, before: Manifest) -> bool:
+        """Whole: the memory of before was read or written by this process. At other files nobody has looked for long."""
+        return file in before.memory and (self.folder / file).exists()
 
     def forget(self) -> None:
         """The manifest goes first: nothing counts without it."""
