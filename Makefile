@@ -24,14 +24,14 @@ demo: $(READY)  ## fine-tune a small language model across eight clients on this
 
 # A file of tests stays in one process: what it starts (Flower, browsers) is started once. Who names some tests wants those alone.
 WORKERS ?= 2
-FUZZ = OMP_NUM_THREADS=1 python -m tests.fuzz.fuzz_wire --seconds
+FUZZ = OMP_NUM_THREADS=1 python -m tests.fuzz --seconds
 test: $(READY)  ## all tests, and the fuzzer for 20 seconds; some of them: make test ARGS="-k gate"
 	OMP_NUM_THREADS=1 pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 	$(if $(filter -k -m tests/%,$(ARGS)),,$(FUZZ) 20)
 
 SECONDS ?= 600
-fuzz: $(READY)  ## bytes from anywhere for the decoders of the wire; for an hour: make fuzz SECONDS=3600
-	$(FUZZ) $(SECONDS)
+fuzz: $(READY)  ## bytes for the decoders, messages for every door; make fuzz SECONDS=3600, or COUNT=1000000 messages alone
+	$(if $(COUNT),$(FUZZ:seconds=count) $(COUNT),$(FUZZ) $(SECONDS))
 
 faults: $(READY)  ## kill, starve and damage runs, a few of each kind; an hour, into docs/reliability.md: make faults FULL=1
 	OMP_NUM_THREADS=1 python -W ignore -m simulations.faults $(if $(FULL),--full --write docs/reliability.md) $(ARGS)
