@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,11 @@ class RunResult:
 
     folder: Path
     state: ServerState
-    records: tuple[RoundRecord, ...]
+
+    @cached_property
+    def records(self) -> tuple[RoundRecord, ...]:
+        """As they were written down: a run does not hold them all, each has every client of its round."""
+        return tuple(RunFolder(self.folder).records())
 
     @property
     def adapter(self) -> Path:
@@ -88,16 +93,15 @@ def run_job(
         except RoundFailed as error:
             run.write("stopped", reason=str(error))
             raise
-        return RunResult(folder, stand.state, stand.records)
+        return RunResult(folder, stand.state)
 
 
 def finished(job: Job, folder: Path) -> RunResult | None:
     """A run of which all rounds are played; None of one that is not there, or goes on."""
     if not (holds_run(folder) and is_over(read(folder / JOURNAL)[0])):
         return None
-    made = RunFolder(folder)
-    last = made.checkpoints.last()
-    return RunResult(folder, last.state, tuple(made.records())) if last and last.round >= job.rounds.count else None
+    last = RunFolder(folder).checkpoints.last()
+    return RunResult(folder, last.state) if last and last.round >= job.rounds.count else None
 
 
 def _finish(run: Opened, stand: Stand, write_model: bool) -> None:

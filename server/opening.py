@@ -32,6 +32,7 @@ from server.post import Post
 from server.records import RoundRecord, Watcher
 from server.resuming import require_resumable
 from server.roll import Roll, clients_in
+from server.rollback import last_evaluated
 from server.run_folder import RunFolder, holds_run, require_free
 from server.summing import require_buffered
 
@@ -45,7 +46,7 @@ class Stand:
     next: int  # round
     state: ServerState
     known: Known  # of the wire: which client has what
-    records: tuple[RoundRecord, ...] = ()
+    records: tuple[RoundRecord, ...] = ()  # with their clients only the last, and the last that was evaluated and counts
     undone: tuple[int, ...] = ()  # rounds that were rolled back
     past: Mapping[str, Asked] = field(default_factory=dict)  # what became of the asks of the next round before
     gate: GateMemory = field(default_factory=GateMemory)  # of clients that were refused, and of norms
@@ -54,7 +55,10 @@ class Stand:
         self, record: RoundRecord, state: ServerState, known: Known, gate: GateMemory, undone: int | None = None
     ) -> Stand:
         gone = self.undone if undone is None else (*self.undone, undone)
-        return Stand(self.next + 1, state, known, (*self.records, record), gone, gate=gate)
+        records = (*self.records, record)
+        told = {record.round, getattr(last_evaluated(records), "round", None)}  # others are read by nobody but from the disk
+        slim = (one if one.round in told else replace(one, clients={}, selected={}, layer_errors={}) for one in records)
+        return Stand(self.next + 1, state, known, tuple(slim), gone, gate=gate)
 
     def again(self, past: Mapping[str, Asked]) -> Stand:
         return replace(self, past=past)

@@ -73,11 +73,17 @@ def not_finite(state: ServerState) -> str:
 
 def last_losses(before: Sequence[RoundRecord]) -> Mapping[str, float]:
     """Of each client, of the last round that counts and was evaluated."""
+    last = last_evaluated(before)
+    return {client: one.loss for client, one in last.clients.items() if one.loss is not None} if last else {}
+
+
+def last_evaluated(before: Sequence[RoundRecord]) -> RoundRecord | None:
+    """Of those that count."""
     for record in reversed(before):
-        losses = {client: one.loss for client, one in record.clients.items() if one.loss is not None}
-        if losses and not any(note.startswith(ROLLED_BACK) for note in record.notes):
-            return losses
-    return {}
+        evaluated = any(client.loss is not None for client in record.clients.values())
+        if evaluated and not any(note.startswith(ROLLED_BACK) for note in record.notes):
+            return record
+    return None
 
 
 def median_rise(before: Mapping[str, float], now: Mapping[str, float]) -> float:

@@ -45,12 +45,12 @@ def alone() -> ProcessPoolExecutor:
 def rounds_table(method: str, moments: Sequence[Moment]) -> Table:
     """What each round took, and how large process and files are at its end."""
     title = f"{method}, load of the machine {os.getloadavg()[0]:.1f}"
-    heads = "round", "answers", "seconds", "of the processor", "fsyncs", "waited for them"
+    heads = "round", "answers", "seconds", "of the processor", "fsyncs", "waited for the disk"
     table = Table(*heads, "memory, MB", "journal, MB", "metrics, MB", "checkpoints, MB", title=title)
     for one in moments:
         seconds = one.seconds, sum(one.parts.values())
         sizes = (f"{size / MB:.1f}" for size in (one.resident, one.journal, one.metrics, one.state))
-        cost = f"{one.fsyncs:,}", f"{one.waits.get('fsync', 0.0):.1f}"
+        cost = f"{one.fsyncs:,}", f"{sum(one.waits.values()):.1f}"
         table.add_row(str(one.round), f"{one.answers:,}", *(f"{figure:.1f}" for figure in seconds), *cost, *sizes)
     return table
 

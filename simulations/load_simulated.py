@@ -43,13 +43,17 @@ PARTS: Mapping[str, list[tuple[Any, str]]] = {
     "ask": [(ServerEnd, "ask"), (Asks, "push"), (Asking, "_packed")],
     "receive": [(Asks, "pull"), (Asks, "reply")],
     "gate": [(Gatekeeper, "let_in"), (Gatekeeper, "left_out"), (Gatekeeper, "counted")],
-    "spool": [(Spool, "put"), (Spool, "get"), (Spool, "clear")],
+    "spool": [(Spool, "put"), (Spool, "settle"), (Spool, "get"), (Spool, "clear")],
     "journal": [(Journal, "write")],
     "fold": [(server.round, "computed")],
     "publish": [(RunFolder, "publish")],
     "state": [(Checkpoints, "write"), (RunFolder, "log")],
 }
-WAITS: Mapping[str, list[tuple[Any, str]]] = {"fsync": [(os, "fsync")], "clear the spool": [(Spool, "clear")]}
+WAITS: Mapping[str, list[tuple[Any, str]]] = {
+    "fsync": [(os, "fsync")],
+    "settle": [(Spool, "settle")],
+    "clear": [(Spool, "clear")],
+}
 
 
 @dataclass(frozen=True)

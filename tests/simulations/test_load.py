@@ -10,6 +10,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from fedtune.adapter import Adapter
+from fedtune.strategy import ServerState
+from fedtune.wire.versions import Known
+from server.opening import Stand
+from server.records import ClientRecord, RoundRecord
 from server.run_folder import RunFolder
 from simulations.load import main, nodes_table, parts_table, rounds_table
 from simulations.load_meter import Meter
@@ -30,6 +35,14 @@ def test_scripted_clients_are_let_in_and_counted(method: str, tmp_path: Path) ->
     assert all(one.fsyncs >= one.answers - (CLIENTS if one.round == 0 else 0) for one in moments)  # each is on the disk
     assert all(sum(one.parts.values()) <= one.seconds * 1.5 + 1 for one in moments)
     assert moments[0].journal < moments[1].journal < moments[2].journal
+
+
+def test_a_run_holds_the_clients_of_its_last_round_alone() -> None:
+    stand = Stand(1, ServerState(Adapter({}, {}, "base")), Known())
+    for number in (1, 2, 3):
+        record = RoundRecord(number, loss=float(number), clients={"ann": ClientRecord(bytes_up=7)})
+        stand = stand.after(record, stand.state, stand.known, stand.gate)
+    assert [(record.loss, len(record.clients)) for record in stand.records] == [(1.0, 0), (2.0, 0), (3.0, 1)]
 
 
 def test_a_second_belongs_to_the_innermost_function() -> None:
