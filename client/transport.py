@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import socket as sockets
 import time
@@ -13,7 +12,7 @@ from typing import Any
 import grpc
 
 from client import trainer_pb2, trainer_pb2_grpc
-from fedtune.envelope import UNKNOWN_RUN, WIRE_VERSION, Envelope, WireTensor, shallow
+from fedtune.envelope import UNKNOWN_RUN, WIRE_VERSION, Envelope, WireTensor, header_in
 from fedtune.errors import ClientFailed, MalformedMessage, UserError
 
 log = logging.getLogger("fedtune.relay")
@@ -45,11 +44,11 @@ def to_proto(envelope: Envelope) -> trainer_pb2.Envelope:
 def from_proto(message: trainer_pb2.Envelope) -> Envelope:
     """Raises MalformedMessage when the header is no JSON object."""
     try:
-        header = json.loads(message.header_json)
+        header = header_in(message.header_json)
     except (ValueError, RecursionError) as error:
         raise MalformedMessage(f"a message came whose header is not JSON: {error}") from error
     tensors = (WireTensor(t.name, t.dtype, tuple(t.shape), t.stype, t.data) for t in message.tensors)
-    return Envelope(shallow(header), tuple(tensors))
+    return Envelope(header, tuple(tensors))
 
 
 def failure(reason: str, asked: Mapping[str, Any]) -> Envelope:

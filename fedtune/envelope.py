@@ -14,6 +14,7 @@ from fedtune.errors import MalformedMessage
 
 WIRE_VERSION = 1
 UNKNOWN_RUN = "unknown_run"  # in the header of a failure: the client takes part in another run, or in none, and wants a hello
+LONGEST = 2**23  # characters of a header; as a row of empty lists it takes twenty times as much memory
 DEEPEST = 32  # objects and lists within each other, in a header; a job has fewer than ten
 
 
@@ -58,7 +59,7 @@ class Envelope:
     def read(cls, file: BinaryIO) -> Envelope:
         """What `pieces` wrote. Raises MalformedMessage."""
         try:
-            stored = json.loads(file.readline())
+            stored = json.loads(file.readline(2 * LONGEST))
             header = shallow(stored["header"])
             tensors = tuple(
                 WireTensor(t["name"], t["dtype"], tuple(t["shape"]), t["stype"], _exactly(file, t["size"]))
@@ -67,6 +68,13 @@ class Envelope:
             return cls(header, tensors)
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise MalformedMessage(f"bytes that are no envelope: {error}") from error
+
+
+def header_in(text: str) -> dict[str, Any]:
+    """As it travels. Raises ValueError or RecursionError where it is no JSON, MalformedMessage where it is no header."""
+    if len(text) > LONGEST:
+        raise MalformedMessage(f"a header of {len(text):,} characters came, wanted at most {LONGEST:,}")
+    return shallow(json.loads(text))
 
 
 def shallow(header: Any) -> dict[str, Any]:

@@ -5,11 +5,9 @@ A tensor becomes one `Array` with our `stype`; the header becomes one string in 
 
 from __future__ import annotations
 
-import json
-
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedtune.envelope import Envelope, WireTensor, shallow
+from fedtune.envelope import Envelope, WireTensor, header_in
 from fedtune.errors import MalformedMessage
 
 HEADER, TENSORS = "fedtune.header", "fedtune.tensors"
@@ -24,9 +22,9 @@ def to_record(envelope: Envelope) -> RecordDict:
 def from_record(record: RecordDict) -> Envelope:
     """Raises MalformedMessage when the record is none of ours."""
     try:
-        header = json.loads(str(record.config_records[HEADER]["json"]))
+        header = header_in(str(record.config_records[HEADER]["json"]))
         arrays = record.array_records[TENSORS]
     except (KeyError, ValueError, RecursionError) as error:
         raise MalformedMessage(f"a Flower message without a fedtune header came: {error}") from error
     tensors = (WireTensor(name, a.dtype, tuple(a.shape), a.stype, a.data) for name, a in arrays.items())
-    return Envelope(shallow(header), tuple(tensors))
+    return Envelope(header, tuple(tensors))

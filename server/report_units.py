@@ -91,5 +91,5 @@ def plural(number: int, thing: str) -> str:
 
 def one_line(text: str, limit: int = 200) -> str:
     """Text of a stranger, safe in a terminal: no control codes, no line breaks, not longer than `limit`."""
-    kept = "".join(" " if c.isspace() else c if c.isprintable() else "?" for c in text.strip())
+    kept = "".join(" " if c.isspace() else c if c.isprintable() else "?" for c in text.strip()[: limit + 1])
     return kept if len(kept) <= limit else kept[: limit - 1] + "…"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedtune.envelope import Envelope
+from fedtune.envelope import LONGEST, Envelope
 from fedtune.errors import MalformedMessage
 from fedtune.messages import HEADER, TENSORS, from_record, to_record
 from fedtune.wire import decoded, encoded
@@ -35,6 +35,7 @@ def record(text: str) -> RecordDict:
 FOREIGN = {
     "an empty record": RecordDict({}),
     "Flower's own weights": RecordDict({"arrays": ArrayRecord({}), "config": ConfigRecord({"lr": 0.1})}),
+    "a header beyond all bounds": record("{" + " " * LONGEST + "}"),
     "a header of another kind": RecordDict({HEADER: MetricRecord({"json": 1.0}), TENSORS: ArrayRecord({})}),
     "a header without our key": RecordDict({HEADER: ConfigRecord({"xml": ""}), TENSORS: ArrayRecord({})}),
     "no tensors": RecordDict({HEADER: ConfigRecord({"json": "{}"})}),

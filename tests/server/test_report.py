@@ -304,6 +304,8 @@ def test_bars_start_at_zero_and_keep_their_ratio() -> None:
         (units.count(12345), "12 345"),
         (units.one_line("a\nb\x1b[31m\u202ec"), "a b?[31m?c"),
         (units.one_line("x" * 300, 10), "x" * 9 + "…"),
+        (units.one_line("x" * 10 + " ", 10), "x" * 10),
+        (units.one_line("x" * 11, 10), "x" * 9 + "…"),
     ],
 )
 def test_units(shown: str, wanted: str) -> None:
