@@ -61,7 +61,7 @@ class AtTrainer:
 
     def _asked(self, draw: Random, trains: bool) -> str:
         client = draw.choice(self._clients)
-        client.trains(trains)
+        client.trains(trains, fails=draw.random() < 0.1)
         try:
             ask = from_proto(to_proto(client.ask(draw)))
         except (MalformedMessage, TypeError, ValueError):
@@ -105,8 +105,9 @@ class _Client:
         self._heard, self._had = dict(vars(self.door._heard)), self._resident.__dict__.copy()
         self._state = self._remembered()
 
-    def trains(self, really: bool) -> None:
-        self._is_real = really
+    def trains(self, really: bool, fails: bool = False) -> None:
+        """Not really: nothing is trained, or its work `fails` in the midst."""
+        self._is_real, self._fails = really, fails
         self._trainer.__dict__.pop("local", None)
         if not really:
             self._trainer.local = self._untrained  # type: ignore[method-assign]
@@ -236,7 +237,8 @@ class _Client:
         raise ClientFailed("it is a job, and another one")
 
     def _untrained(self, client: str, round: int) -> Local:
-        return _Untrained(self._trainer.resident, self._trainer.data(client), self._trainer.job, client, round)
+        kind = _Failing if self._fails else _Untrained
+        return kind(self._trainer.resident, self._trainer.data(client), self._trainer.job, client, round)
 
 
 def _message(draw: Random, ask: Envelope) -> trainer_pb2.Envelope:
@@ -271,6 +273,17 @@ class _Untrained(Local):
 
     def movable(self, where: Literal["whole", "adapter"]) -> Any:
         return StandMovable({}, self.steps(), torch.Generator())
+
+
+class _Failing(_Untrained):
+    def fit(self, penalty: Penalty | None = None) -> Mapping[str, float]:
+        raise RuntimeError("it failed in the midst of its work")
+
+    def evaluate(self) -> Mapping[str, float]:
+        raise RuntimeError("it failed in the midst of its work")
+
+    def movable(self, where: Literal["whole", "adapter"]) -> Any:
+        raise RuntimeError("it failed in the midst of its work")
 
 
 class _Keys:

@@ -21,7 +21,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
-from itertools import count, islice
 from operator import add
 from pathlib import Path
 from random import Random
@@ -70,7 +69,7 @@ def inside(given: argparse.Namespace) -> int:
     from tests.fuzz.watch import Watch
 
     deadline = time.monotonic() + (given.seconds or 10**9)
-    numbers: Iterator[int] = islice(count(given.worker, given.workers), len(range(given.worker, given.count, given.workers)))
+    numbers: Iterator[int] = iter(range(given.first + given.worker, given.first + given.count, given.workers))
     if given.only is not None:
         numbers = iter([given.only])
     with _quiet(), tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
@@ -148,6 +147,7 @@ def say(text: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="mutated messages against every door")
     parser.add_argument("--count", type=int, default=10**9, help="so many cases")
+    parser.add_argument("--first", type=int, default=0, help="the number of the first")
     parser.add_argument("--seconds", type=float, help="or as many as there is time for")
     parser.add_argument("--seed", type=int, default=8)
     parser.add_argument("--workers", type=int, default=2, help="processes")
