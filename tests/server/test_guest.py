@@ -138,7 +138,8 @@ class Watched(Guest):
     def look(self) -> object:
         for process in psutil.process_iter():
             try:
-                if "server.serverapp" in process.cmdline():
+                words = process.cmdline()
+                if "server.serverapp" in words and any(str(self._settings.folder) in word for word in words):
                     self.parents.add(process.ppid())
             except psutil.Error:
                 continue
