@@ -73,7 +73,7 @@ FILES: dict[str, tuple[Callable[[Path], list[Path]], Sequence[str]]] = {
 
 def trials(simulated: Simulated, chance: random.Random, full: bool) -> list[Trial]:
     made = [trial for what in FILES for how in DAMAGES for trial in damaged(simulated, what, how, chance)]
-    return made if full else chance.sample(made, 6)
+    return made if full else chance.sample(made, 4)
 
 
 def damaged(simulated: Simulated, what: str, how: str, chance: random.Random) -> Iterator[Trial]:

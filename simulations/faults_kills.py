@@ -20,7 +20,7 @@ def trials(simulated: Simulated, chance: random.Random, full: bool) -> list[Tria
         *twice(simulated, chance, 5),
         *resuming(simulated, chance, 5),
     ]
-    return made if full else chance.sample(made, 4)
+    return made if full else chance.sample(made, 2)
 
 
 def at_lines(simulated: Simulated, chance: random.Random) -> Iterator[Trial]:
