@@ -67,11 +67,10 @@ def parts_table(method: str, moments: Sequence[Moment]) -> Table:
 
 def sockets(given: argparse.Namespace, console: Console) -> None:
     with tempfile.TemporaryDirectory(prefix="ft", dir=given.dir) as folder:
-        done = []
-        for one in carried(Path(folder), given.nodes, given.rounds):
+        done = list[Carried]()
+        for one in carried(Path(folder), given.nodes, given.rounds, given.wire):
             done.append(one)
-            console.print(f"{one.nodes} nodes: {one.round:.2f} s a round", style="dim")
-    console.print(nodes_table(done))
+            console.print(nodes_table(done))
 
 
 def nodes_table(done: Sequence[Carried]) -> Table:
@@ -107,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     one.set_defaults(play=simulated)
     many = kinds.add_parser("sockets", help="a deployment on this machine")
     many.add_argument("--nodes", nargs="+", type=int, default=[1, 10, 25, 50])
+    many.add_argument("--wire", default="balanced", help="preset; plain sends each tensor by itself")
     many.set_defaults(play=sockets)
     for kind in (one, many):
         kind.add_argument("--rounds", type=int, default=6)

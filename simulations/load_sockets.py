@@ -33,7 +33,7 @@ from simulations.load_simulated import SMALL
 
 HOST = "127.0.0.1"
 LONGEST = 600.0  # seconds for a run
-SETTINGS = (*SMALL, "rounds.evaluate_every=0", "rounds.quorum=1.0", "wire.preset=plain", "machine.threads=1")
+SETTINGS = (*SMALL, "rounds.evaluate_every=0", "rounds.quorum=1.0", "machine.threads=1")
 KINDS = {"SuperLink": "server.superlink", "ServerApp": "server.serverapp", "trainers": "simulations.load_trainer"}
 KINDS |= {"SuperNodes": "client.supernode", "relays": "client.relay"}
 
@@ -110,18 +110,18 @@ def uses(found: Sequence[psutil.Process]) -> dict[str, Use]:
     return all
 
 
-def measured(folder: Path, counts: Sequence[int], rounds: int) -> Iterator[Carried]:
-    """Runs with so many nodes, one after the other."""
+def measured(folder: Path, counts: Sequence[int], rounds: int, wire: str) -> Iterator[Carried]:
+    """Runs with so many nodes, one after the other; `wire` is their preset."""
     place, nodes = Place.make(folder), Nodes(folder, max(counts))
     with nodes.started():
         for count in counts:
             nodes.grow(count)
-            yield run(place, nodes, count, rounds)
+            yield run(place, nodes, count, rounds, wire)
 
 
-def run(place: Place, nodes: Nodes, count: int, rounds: int) -> Carried:
+def run(place: Place, nodes: Nodes, count: int, rounds: int, wire: str) -> Carried:
     folder, made = place.folder, place.folder / f"run-{count}"
-    job = place.job(*SETTINGS, f"clients.count={count}", f"rounds.count={rounds}")
+    job = place.job(*SETTINGS, f"wire.preset={wire}", f"clients.count={count}", f"rounds.count={rounds}")
     file = folder / f"job-{count}.toml"
     file.write_text(tomli_w.dumps(job.model_dump(mode="json", exclude_none=True)))
     port = nodes.keys.address.rpartition(":")[2]
