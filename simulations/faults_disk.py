@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from server.journal import Journal
 from simulations.faults_job import Place
@@ -100,8 +101,8 @@ def _stand_still(simulated: Simulated, run: Path, line: int) -> None:
     """In a process that was forked for it."""
     write, written = Journal.write, [-1]
 
-    def and_wait(self: Journal, what: str, **about: object) -> None:
-        write(self, what, **about)
+    def and_wait(self: Journal, what: str, soon: bool = False, **about: Any) -> None:
+        write(self, what, soon, **about)
         written[0] += 1
         if written[0] == line:
             os.kill(os.getpid(), signal.SIGSTOP)

@@ -79,14 +79,14 @@ def killed_at_line(number: int, moment: Moment) -> Prepare:
     """Of those that this life writes into the journal, from 0 on; `within` leaves half of the line."""
     write, written = Journal.write, [-1]
 
-    def and_die(self: Journal, what: str, **about: Any) -> None:
+    def and_die(self: Journal, what: str, soon: bool = False, **about: Any) -> None:
         written[0] += 1
         if written[0] == number and moment != "after":
             if moment == "within":
                 line = line_of(Entry(what, about), self._clock())
                 os.write(self._file, line[: len(line) // 2])
             die()
-        write(self, what, **about)
+        write(self, what, soon, **about)
         if written[0] == number:
             die()
 
