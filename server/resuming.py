@@ -71,4 +71,6 @@ def _job_of(folder: Path) -> Job:
             f"{folder}/job.toml cannot be read, so the run cannot go on: {error}; name another --out"
         ) from error
     except JobError as error:
-        raise RunFolderError(f"the run in {folder} was begun by another version of fedtune: {error}") from error
+        raise RunFolderError(
+            f"{folder}/job.toml is no job of this version of fedtune, so the run cannot go on: {error}"
+        ) from error

@@ -53,7 +53,7 @@ class SuperNode:
 
     def put(self, content: RecordDict, run_id: int = 1, fab: bytes = b"", task: str = TaskType.CLIENT_APP) -> int:
         run = Run.create_empty(run_id)
-        run.fab_id, run.fab_version, run.fab_hash, run.series_id = "flwrlabs/evil", "1.0.0", sha256(fab).hexdigest(), SERIES
+        run.fab_id, run.fab_version, run.fab_hash, run.series_id = "flwrlabs/stowaway", "1.0.0", sha256(fab).hexdigest(), SERIES
         self.state.store_run(run)
         self.state.store_fab(Fab(run.fab_hash, fab, {}))
         self.state.set_run_series_context(SERIES, Context(run_id, NODE, {}, RecordDict(), {}, series_id=SERIES))

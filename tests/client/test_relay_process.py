@@ -77,14 +77,11 @@ def test_nothing_to_do_is_asked_again_soon_and_then_more_seldom(relay: Relay) ->
 
 def fab(trace: Path) -> bytes:
     """An app whose code, where it is ever imported, leaves a file."""
-    app = (
-        '[tool.flwr.app]\npublisher = "flwrlabs"\n[tool.flwr.app.components]\nserverapp = "evil:app"\nclientapp = "evil:app"\n'
-    )
-    project = (
-        f'[project]\nname = "evil"\nversion = "1.0.0"\nlicense = "Apache-2.0"\ndescription = ""\n{app}[tool.flwr.app.config]\n'
-    )
+    components = '[tool.flwr.app.components]\nserverapp = "stowaway:app"\nclientapp = "stowaway:app"\n'
+    app = f'[tool.flwr.app]\npublisher = "flwrlabs"\n{components}[tool.flwr.app.config]\n'
+    project = f'[project]\nname = "stowaway"\nversion = "1.0.0"\nlicense = "Apache-2.0"\ndescription = ""\n{app}'
     code = f"open({str(trace)!r}, 'w').close()\n"
-    files = {"pyproject.toml": project, "evil.py": code}
+    files = {"pyproject.toml": project, "stowaway.py": code}
     content = "".join(f"{name},{sha256(text.encode()).hexdigest()},{8 * len(text)}\n" for name, text in files.items())
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
@@ -100,7 +97,7 @@ def test_code_that_came_with_the_run_is_never_executed(node: SuperNode, relay: R
     relay.step()
     assert not node.reply().has_error()
     assert not trace.exists()
-    assert "evil" not in sys.modules
+    assert "stowaway" not in sys.modules
 
 
 @pytest.mark.slow

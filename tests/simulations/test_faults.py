@@ -70,7 +70,7 @@ def test_an_error_is_seen_and_is_no_good_end(simulated: Simulated) -> None:
     seen = simulated.seen("a job file spoilt", [killed_at_line(3, "after")], "", spoil)
     assert seen is not None
     assert not seen.well
-    assert seen.ending.startswith("ended with JobError") or "job.toml" in seen.ending
+    assert seen.ending.startswith("ended with RunFolderError")
 
 
 def test_answers_that_are_missing_in_a_record_are_lost(simulated: Simulated) -> None:
