@@ -24,8 +24,8 @@ VALUES: tuple[Any, ...] = (
 )
 NAMES = (
     *("ask", "run", "round", "client", "base", "kind", "version", "weight", "metrics", "roles", "scalars", "codec", "since"),
-    *("failed", "resend", "seconds", "stamp", "signature", "job", "undone", "serial", "unanswered", "examples", "rank"),
-    *("scale", "limits", "loss", "tokens", "x"),
+    *("failed", "resend", "seconds", "stamp", "signature", "job", "undone", "serial", "unanswered", "unknown_run"),
+    *("examples", "rank", "scale", "limits", "loss", "tokens", "x"),
 )
 ROUNDS = (-1, 0, 1, 2, 3, 4, 7, 1_000_000, HUGE, "1", "two", 1.5, math.nan, None, [1])
 WEIGHTS = (0, -1, 1e308, math.nan, math.inf, -math.inf, 1e-320, 4, 6, 1e9, HUGE, "5", None, [5], True)
