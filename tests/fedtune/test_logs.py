@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from fedtune import logs
 from fedtune.logs import JsonLines, about, as_text
 from fedtune.paths import app_root
 
@@ -95,6 +96,7 @@ def record(message: str, **more: Any) -> logging.LogRecord:
 
 
 def test_a_line_of_json_is_the_text_log_s_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_always", {})  # whatever a process of an earlier test has said of itself
     monkeypatch.setenv("TZ", "UTC")
     time.tzset()
     with about(run="r", round=None):
