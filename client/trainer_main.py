@@ -20,11 +20,13 @@ from client.guards import Guard, raise_guards
 from client.trainer_options import parser
 from fedtune.errors import UserError
 from fedtune.logs import always, configure
+from fedtune.starting import start
 
 log = logging.getLogger("fedtune.trainer")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    start()
     os.umask(0o077)  # what it keeps tells of its data
     configure("trainer")
     given = parser().parse_args(arguments)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 from importlib import import_module
 
 from fedtune.paths import put_app_on_path
+from fedtune.starting import start
 
 
 def main() -> None:
-    atexit.register(gc.freeze)  # to look for garbage in all that was imported would take a second or two at the end
+    start()
     put_app_on_path()
     import_module("simulations.commands").main()
 

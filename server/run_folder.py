@@ -23,27 +23,26 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
 from fedtune import durable
 from fedtune.adapter import Adapter
-from fedtune.base import Blueprint
 from fedtune.changed_weights import ChangedWeights
 from fedtune.errors import RunFolderError, UserError
 from fedtune.job import Job
-from fedtune.model_folder import drawn_weights, write_model
-from fedtune.peft_folder import write_adapter
 from fedtune.recipe import Recipe
-from fedtune.recipe_file import read_recipe, write_recipe
-from fedtune.weights_file import write_weights
+from fedtune.recipe_file import read_recipe
 from server.checkpoint import Checkpoints
 from server.journal import Journal
 from server.records import Comparison, RoundRecord
+
+if TYPE_CHECKING:
+    from fedtune.base import Blueprint
 
 JOURNAL, METRICS = "journal.jsonl", "metrics.jsonl"
 BEGUN = ".job.toml.writing"  # all that a coordinator leaves which was killed before its run began
@@ -125,17 +124,13 @@ class RunFolder:
         provenance: Mapping[str, Any],
     ) -> None:
         """Write the round's adapter, recipe or weights, then point a link to it: at every moment it leads to a whole one."""
+        from server.published import write_published  # here, since peft takes seconds to import
+
         kind = KINDS[type(published)]
-        about = {**provenance, "published": kind, "lr": job.train.lr}
         with writing(self.path):
             target = self.path / "rounds" / f"{round:04d}" / kind
             with _whole_or_gone(target.parent):
-                if isinstance(published, Recipe):
-                    write_recipe(target, published, about)
-                elif isinstance(published, ChangedWeights):
-                    write_weights(target, _with_what_is_drawn(published, job, blueprint), job, about)
-                else:
-                    write_adapter(target, published, job, blueprint, provenance)
+                write_published(target, published, job, blueprint, provenance)
             self._point_to(target)
 
     def prune(self, round: int, keep: int | None) -> None:
@@ -181,6 +176,8 @@ class RunFolder:
 
     def write_model(self, job: Job, blueprint: Blueprint) -> None:
         """`model`: the whole model, of the last recipe."""
+        from fedtune.model_folder import write_model
+
         recipe, provenance = read_recipe(self.recipe)
         try:
             with writing(self.path):
@@ -192,11 +189,6 @@ class RunFolder:
     def compared(self, comparison: Comparison) -> None:
         with writing(self.path):
             _write(self.path / "comparison.json", json.dumps(comparison.as_json(), indent=2) + "\n")
-
-
-def _with_what_is_drawn(weights: ChangedWeights, job: Job, blueprint: Blueprint) -> ChangedWeights:
-    """And what stock transformers would draw anew: heads, and what else a classifier's checkpoint lacks."""
-    return replace(weights, values={**drawn_weights(job, blueprint), **weights.values})
 
 
 def holds_run(path: Path) -> bool:

@@ -31,6 +31,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedtune.errors import FedtuneError, RoundFailed, UserError
 from fedtune.logs import configure
 from fedtune.security.coordinator_keys import CoordinatorKeys
+from fedtune.starting import start
 from server.flower_control import Control, NoSuperLink
 from server.own_grid import OwnGrid
 from server.runtime import Runtime
@@ -126,6 +127,7 @@ def beating(grid: OwnGrid) -> Iterator[None]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The last line of the log says why. What ends with CRASHED can be taken up again."""
+    start()
     configure("serverapp", sys.stdout)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for each look
     words = _parser().parse_args(arguments)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fedtune.starting import start
+
 # Heavy libraries are imported where they are used: the process that hands the tests out needs none of them.
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -30,6 +32,7 @@ CHAT_TEMPLATE = (
 def pytest_collection() -> Generator[None, object, object]:
     """What is imported and collected stays to the end. Where the garbage collector looks through it again and again, this takes
     twice as long, and so do tests that make many objects."""
+    start()
     gc.disable()
     try:
         return (yield)
