@@ -94,7 +94,7 @@ def test_clients_that_were_there_before_their_server_do_its_job_and_outlive_it(
     nodes = [Node(folder / name, "--name", name, "--server", server, "--insecure") for name in NAMES]
     with running(*nodes):
         for node in nodes:
-            node.until(lambda state: "nothing listens" in state.why)
+            node.until(lambda state: "nothing listens" in state.why and "supernode" in state.processes)
         killed = nodes[0].state.processes["supernode"]["pid"]
         os.kill(killed, signal.SIGKILL)
         nodes[0].until(lambda state: state.processes["supernode"] | {"pid": 0} == {"pid": 0, "restarts": 1})
