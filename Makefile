@@ -26,7 +26,7 @@ demo: $(READY)  ## fine-tune a small language model across eight clients on this
 WORKERS ?= 2
 FUZZ = OMP_NUM_THREADS=1 python -m tests.fuzz --seconds
 test: $(READY)  ## all tests, and the fuzzer for 20 seconds; some of them: make test ARGS="-k gate"
-	OMP_NUM_THREADS=1 pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
 	$(if $(filter -k -m tests/%,$(ARGS)),,$(FUZZ) 20)
 
 SECONDS ?= 600

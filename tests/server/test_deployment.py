@@ -184,15 +184,15 @@ def deployed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Deployed]:
 @pytest.mark.timeout(580)
 def test_three_nodes_give_the_simulated_bits(deployed: Deployed, tmp_path: Path) -> None:
     """The default job, then on the same nodes (where FEDTUNE_SLOW is set) a whole model for which only seeds and slopes have
-    crossed, last the weights of the layers that were chosen by gradients, of which one node can afford a single one. Clients
+    crossed, and the weights of the layers that were chosen by gradients, of which one node can afford a single one. Clients
     wait for each new server."""
     require_same(deployed, small_job(), tmp_path / "adapter", ADAPTER)
     if os.environ.get("FEDTUNE_SLOW"):
         plain = {"steps": 2, "optimizer": "sgd", "clip": 0.0, "lr": 1e-3}
         require_same(deployed, small_job(strategy={"name": "fedkseed"}, train=plain), tmp_path / "whole", MODEL)
-    limits = {"names": CLIENTS, "count": 3, "layers": {CLIENTS[0]: 1}}
-    chosen = small_job(strategy={"name": "selective_layers"}, clients=limits, wire="tiny")
-    require_same(deployed, chosen, tmp_path / "layers", WEIGHTS)
+        limits = {"names": CLIENTS, "count": 3, "layers": {CLIENTS[0]: 1}}
+        chosen = small_job(strategy={"name": "selective_layers"}, clients=limits, wire="tiny")
+        require_same(deployed, chosen, tmp_path / "layers", WEIGHTS)
 
     # One that cannot work ends as failed, with its reason.
     with pytest.raises(RoundFailed, match="max_length"):
