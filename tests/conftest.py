@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from fedtune.starting import start
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
     from fedtune.adapter import Adapter
     from fedtune.job import Job
+
+settings.register_profile("untimed", settings(), deadline=None)  # a busy machine fails no test
+settings.load_profile("untimed")
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog met on a mat", "user assistant"]
 EXAMPLES = {"ann": 6, "bob": 8, "cy": 11}  # rows of each client
