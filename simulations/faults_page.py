@@ -70,9 +70,11 @@ def summary(outcome: Outcome) -> str:
     lost = sum(seen.lost for seen in outcome.all)
     other = sum(not seen.well for seen in outcome.all)
     deployed = sum(outcome.at.values())
+    gone = sum(seen.same is False and not seen.mendable for seen in outcome.all)
+    besides = f" {gone} runs have other bits, since what one client alone had kept was destroyed." if gone else ""
     return (
         f"**{times:,} faults, {deployed} of them a SIGKILL to a process of a deployment. Answers lost: {lost}. "
-        f"Wrong bits: {wrong}. Runs that did not end as they should: {other}.**"
+        f"Wrong bits: {wrong}. Runs that did not end as they should: {other}.**{besides}"
     )
 
 

@@ -19,7 +19,7 @@ from simulations.faults_campaign import Campaign, Hit, kill, line_of
 from simulations.faults_deployment import Deployment
 from simulations.faults_job import METHODS, Place
 from simulations.faults_lives import Simulated, killed_at_line, lived
-from simulations.faults_page import BEGIN, END, Outcome, markdown, write
+from simulations.faults_page import BEGIN, END, Outcome, markdown, summary, write
 from simulations.faults_proxy import Proxy
 from simulations.faults_seen import BY_ITSELF, RESUMED, Seen, Whole, begun_again, bits_of, lost_in, rows, seen_in
 
@@ -127,6 +127,14 @@ def test_the_page_is_written_between_its_marks(tmp_path: Path) -> None:
     assert "- a, here" in written
     write(page, outcome)
     assert page.read_text() == written
+
+
+def test_bits_that_nobody_has_any_more_are_told_apart_from_wrong_ones() -> None:
+    unknown, gone = Seen("a", RESUMED, True), Seen("b", RESUMED, True, same=False, mendable=False)
+    assert "other bits" not in summary(Outcome(0, 1.0, {"Killed": [unknown]}, {}))
+    assert "Wrong bits: 0. Runs that did not end as they should: 0.** 2 runs have other bits" in summary(
+        Outcome(0, 1.0, {"Killed": [unknown, gone, gone]}, {})
+    )
 
 
 def test_the_page_in_the_docs_has_its_marks_and_says_what_is_tried() -> None:
