@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import PurePath
 from typing import Any
 
 from fedtune.envelope import Envelope
@@ -124,11 +125,35 @@ def _files(entry: Entry) -> tuple[str, ...]:
 
 
 def _manifest(stored: Any) -> Manifest:
-    entries = tuple(Entry(**{**entry, "before": _pair(entry["before"])}) for entry in stored["entries"])
+    """Raises one of MALFORMED where anything in it is not what whoever goes on by it takes it for."""
+    entries = tuple(_entry(**entry) for entry in stored["entries"])
     round, ask = stored.get("purged", NONE)
-    return Manifest(stored["run"], stored["schema"], _pair(stored["memory"]), entries, stored["sizes"], (int(round), str(ask)))
+    sizes = {name: int(size) for name, size in stored["sizes"].items()}
+    about = _text(stored["run"]), _text(stored["schema"]), _pair(stored["memory"])
+    manifest = Manifest(*about, entries, sizes, (int(round), str(ask)))
+    if lacking := set(manifest.files()) - sizes.keys():
+        raise ValueError(f"no sizes of {sorted(lacking)}")
+    return manifest
 
 
-def _pair(files: Sequence[str]) -> tuple[str, str]:
+def _entry(key: Any, ask: Any, round: Any, before: Any, answer: Any = "") -> Entry:
+    return Entry(_text(key), _text(ask), int(round), _pair(before), _file(answer))
+
+
+def _pair(files: Any) -> tuple[str, str]:
     kept, own = files
-    return kept, own
+    return _file(kept), _file(own)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _file(value: Any) -> str:
+    """In the manifest's own folder, or none."""
+    name = _text(value)
+    if name and (PurePath(name).name != name or name == ".." or not name.isprintable()):
+        raise ValueError(f"{name!r} is no file's name")
+    return name

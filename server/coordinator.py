@@ -11,7 +11,7 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from fedtune import __version__
-from fedtune.errors import Damaged, RoundFailed
+from fedtune.errors import Damaged, RoundFailed, RunFolderError
 from fedtune.job import Job
 from fedtune.logs import about
 from fedtune.recipe import Recipe
@@ -163,6 +163,11 @@ def _cohort(run: Opened, number: int, out: Collection[str]) -> list[ClientInfo]:
     federation = run.federation
     federation.under_way.begins(number)
     if before := cohort_in(federation.journal.entries, number):
+        if strangers := set(before) - federation.clients.keys():
+            raise RunFolderError(
+                f"the journal of {run.folder.path} has clients in round {number} that are not of this run: "
+                f"{', '.join(map(repr, sorted(strangers)))}; bring back the journal that was written, or name another --out"
+            )
         return [federation.clients[client] for client in before]
     if federation.job.rounds.mode == "buffered":
         return [client for id, client in sorted(federation.clients.items()) if id not in out]

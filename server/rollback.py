@@ -33,10 +33,11 @@ class Trouble(FedtuneError):
 
 
 def computed(half: Callable[[], T]) -> T:
-    """Where the algebra of a method fails on numbers that are odd and yet finite, that is trouble of this round alone."""
+    """Where the algebra of a method fails on numbers that are odd and yet finite, or on a state that lacks something, that is
+    trouble of this round alone."""
     try:
         return half()
-    except (ArithmeticError, RuntimeError, ValueError) as error:
+    except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
         log.warning("the strategy failed", exc_info=True)
         raise Trouble(f"the strategy could not compute it: {type(error).__name__}: {one_line(str(error), 200)}") from error
 

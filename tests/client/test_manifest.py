@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
+import json
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -103,9 +105,25 @@ def test_a_memory_that_an_entry_shares_with_the_newest_costs_nothing(monkeypatch
 
 
 def test_it_comes_back_from_its_bytes() -> None:
-    for stored in (Manifest(), of("1.0", "1.1"), Manifest("ü\ud800", memory=("a", "b"))):
+    for stored in (Manifest(), of("1.0", "1.1"), Manifest("ü\ud800", memory=("a", "b"), sizes={"a": 1, "b": 2})):
         assert Manifest.from_bytes(stored.as_bytes()) == stored
     assert Manifest().memory == NOTHING
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"memory": ["", name]} for name in (7, None, ["a"], "../a", "a/b", "..", "a\0b", "\ud800", "unknown")),
+        *({"entries": [{**asdict(entry("1.0")), **other}]} for other in ({"key": 1}, {"round": "x"}, {"answer": {}}, {"x": 1})),
+        *({"sizes": sizes} for sizes in ({}, [], {"memory 1": "many", "answer 1.0": 1, "memory 0": 1})),
+        *({"run": None}, {"schema": 3}, {"purged": 4}, {"entries": 5}),
+    ],
+)
+def test_a_whole_manifest_that_says_what_none_says_is_damaged(change: dict[str, object]) -> None:
+    """As another version may have written it, or a hand."""
+    line = json.dumps({**asdict(of("1.0")), **change}).encode()
+    with pytest.raises(Damaged):
+        Manifest.from_bytes(hashlib.sha256(line).hexdigest().encode() + b" " + line)
 
 
 def test_every_damaged_byte_and_every_torn_end_is_seen() -> None:

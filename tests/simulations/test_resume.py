@@ -24,7 +24,7 @@ from fedtune.wire.ends import outdated
 from fedtune.wire.versions import START
 from server import lock
 from server.coordinator import RunResult
-from server.journal import Entry, Journal, read
+from server.journal import Entry, Journal, line_of, read
 from server.watchers import Quiet
 from simulations.engine import simulate
 
@@ -215,6 +215,17 @@ def test_another_job_is_refused_by_the_keys_that_differ(make_job: MakeJob, tmp_p
     played(make_job(*SMALL), tmp_path)
     with pytest.raises(RunFolderError, match=r"the run of another job \(train.lr = 0.01, now 0.5\)"):
         played(make_job(*SMALL, "train.lr=0.5"), tmp_path)
+
+
+def test_a_whole_journal_whose_cohort_is_of_another_run_ends_in_one_line(make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job(*SMALL)
+    assert killed(lambda: played(job, tmp_path), 5)
+    file = tmp_path / "journal.jsonl"
+    entries, _ = read(file)
+    forged = [Entry("round", {**e.about, "cohort": ["zoe"]}) if e.what == "round" else e for e in entries]
+    file.write_bytes(b"".join(line_of(entry, 0.0) for entry in forged))
+    with pytest.raises(RunFolderError, match=r"has clients in round 0 that are not of this run: 'zoe'; bring back the journal"):
+        played(job, tmp_path)
 
 
 def test_a_second_coordinator_is_refused_while_the_first_has_the_folder(make_job: MakeJob, tmp_path: Path) -> None:
