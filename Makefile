@@ -22,11 +22,12 @@ help:
 demo: $(READY)  ## fine-tune a small language model across eight clients on this machine, into runs/demo
 	fedtune simulate demo --out runs/demo --overwrite
 
-# A file of tests stays in one process: what it starts (Flower, browsers) is started once. Who names some tests wants those alone.
+# A file of tests stays in one process: what it starts (Flower, browsers) is started once. Files go in their order, in which those
+# that wait for processes stand between those that compute. Who names some tests wants those alone.
 WORKERS ?= 2
 FUZZ = OMP_NUM_THREADS=1 python -m tests.fuzz --seconds
 test: $(READY)  ## all tests, and the fuzzer for 20 seconds; some of them: make test ARGS="-k gate"
-	OMP_NUM_THREADS=1 pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 	$(if $(filter -k -m tests/%,$(ARGS)),,$(FUZZ) 20)
 
 SECONDS ?= 600

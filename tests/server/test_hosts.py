@@ -157,7 +157,6 @@ def test_a_link_that_is_cut_and_heals_ends_no_run(federation: Federation) -> Non
         federation.hosts.heal(away)
         assert run.until_the_end() == 0
     assert run.answers() == {1: 2, 2: 2, 3: 2}
-    assert "connected again to" in federation.said(away)
 
 
 @pytest.mark.skipif(not THOROUGH, reason="takes two minutes; FEDTUNE_SLOW=1 runs it")
