@@ -381,6 +381,7 @@ def test_a_server_is_stopped_while_it_waits_and_then_runs_its_job_to_the_end(dep
     """Over TLS, with node keys, signed asks and sealed answers. In the midst of its round the ServerApp is killed."""
     folder = deployment.folder
     first = deployment.serve()
+    deployment.until("waiting")  # a stock SuperNode gives up after some tries
     deployment.node("http")
     state = deployment.until("waiting", connected=1)
     assert dict(state.clients) == {"asyncio": "missing", "http": "connected"}
@@ -390,6 +391,7 @@ def test_a_server_is_stopped_while_it_waits_and_then_runs_its_job_to_the_end(dep
     assert say("status", "--dir", folder)[0] == 1
 
     deployment.serve()  # the same folder: the SuperLink's database knows the nodes, and the node that was there comes back
+    deployment.until("waiting")
     deployment.node("asyncio")
     deployment.kill_serverapp()
     deployment.until("finished")
