@@ -12,7 +12,7 @@ from torch import Tensor
 from fedtune.adapter import Adapter, Factors
 from fedtune.strategy import ServerState
 from server.records import ClientRecord, RoundRecord
-from server.rollback import in_a_row, last_losses, median_rise, trouble
+from server.rollback import Trouble, computed, in_a_row, last_losses, median_rise, trouble
 from server.tally import Tally
 
 THREE = ("ann", "bob", "cy")
@@ -84,3 +84,12 @@ def test_more_than_half_of_those_who_look_must_see_no_number() -> None:
 
 def test_rounds_in_a_row() -> None:
     assert [in_a_row([2, 4, 5, 6], number) for number in (1, 2, 4, 6, 7)] == [0, 1, 1, 3, 0]
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("by 0"), KeyError("G"), RuntimeError("no such shape"), ValueError("odd")])
+def test_a_method_that_cannot_compute_its_round_is_trouble_of_that_round(error: Exception) -> None:
+    def half() -> None:
+        raise error
+
+    with pytest.raises(Trouble, match=f"the strategy could not compute it: {type(error).__name__}"):
+        computed(half)
